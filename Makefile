@@ -1,0 +1,58 @@
+# Every target sets up .venv by itself: the locked packages and this project, installed again only when they change.
+PYTHON ?= python3
+OUTER_PATH := $(PATH)
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv repro flow test lint ci-report lock clean
+
+help: ## show the targets
+	@sed -n 's/^\([a-z.-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F '\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+.venv: .venv/.installed ## the locked packages and this project, in .venv
+
+.venv/.installed: requirements.lock pyproject.toml
+	@PATH="$(OUTER_PATH)" $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'error: $(PYTHON) must be Python 3.11 or newer; try: make PYTHON=python3.11' >&2; exit 1; }
+	@echo "Setting up .venv with the packages of requirements.lock (some minutes the first time)"
+	@PATH="$(OUTER_PATH)" $(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+repro: .venv/.installed ## the compressed model and its report, from params.yaml; runs only what changed
+	dvc repro
+
+flow: .venv/.installed ## the same under Prefect, with its UI
+	python -m pipeline.flow
+
+test: .venv/.installed ## the whole test suite
+	python -m pytest
+
+lint: .venv/.installed ## style and types
+	ruff check
+	ruff format --check
+	mypy
+
+ci-report: .venv/.installed ## BASE=REV: ci-report.md, this commit compared with REV
+	$(if $(BASE),,$(error name the commit to compare with: make ci-report BASE=REV))
+	python -m pipeline.ci_report --base $(BASE) --out ci-report.md
+
+lock: ## requirements.lock anew, from the newest versions that pyproject.toml allows
+	rm -rf .venv-lock
+	PATH="$(OUTER_PATH)" $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check '.[pipeline,dask,test]' torch==2.13.0 async-timeout
+	sed -n '/^#/p' requirements.lock > requirements.lock.new
+	.venv-lock/bin/python -m pip freeze --all --exclude pip --exclude spectrim --disable-pip-version-check \
+		| sed -E 's/\+[a-z0-9.]+$$//' | grep -vE '^(nvidia|cuda|triton)' >> requirements.lock.new
+	mv requirements.lock.new requirements.lock
+	rm -rf .venv-lock build
+
+clean: ## remove what tests and builds leave; artifacts, caches and .venv stay
+	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis ci-report.md
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

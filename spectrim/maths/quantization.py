@@ -1,0 +1,153 @@
+"""Round-to-nearest integers: quantized directions of factors, quantized groups of weights, and their packing.
+
+Symmetric: q = round(x / s), s = max|x| / q_max, q_max = 2^(n_bits − 1) − 1; x ≈ q s with |x − q s| <= s/2.
+Asymmetric: q = round(x / s) + z in [0, 2^n_bits − 1], x ≈ (q − z) s, with a range that always contains 0.
+A zero row has scale 0 and comes back as zeros.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectrim.errors import NumericalError
+from spectrim.maths.lowrank import Factors
+from spectrim.maths.whitening import require_finite
+
+INT8_MAX = 127
+
+
+class Quantized(NamedTuple):
+    """W ≈ (values − zero_point) · scale, with one scale per row and group of ``group_size`` inputs."""
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    group_size: int
+
+
+def balance(factors: Factors) -> Factors:
+    """The same product with ‖left_i‖ = ‖right_i‖ for every direction i; a direction with a zero side is left alone.
+
+    √σ on each side: the 16-bit rows of the factors stay in range, and neither side's scale carries the whole spectrum.
+    """
+    left, right = factors.left.double(), factors.right.double()
+    left_norm, right_norm = torch.linalg.vector_norm(left, dim=0), torch.linalg.vector_norm(right, dim=1)
+    usable = (left_norm > 0) & (right_norm > 0)
+    scale = torch.where(usable, right_norm / torch.where(usable, left_norm, 1.0), 1.0).sqrt()
+    return Factors((left * scale).to(factors.left.dtype), (right / scale[:, None]).to(factors.right.dtype))
+
+
+def quantize_directions(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """(q, s) with x ≈ q s, int8, symmetric, one float32 scale per index along ``dim``, the direction.
+
+    Args:
+        matrix: a factor; ``dim`` = 1 for left (out, rank), 0 for right (rank, in).
+        dim: the dimension that enumerates directions.
+
+    Returns:
+        q int8 (the matrix's shape), s float32 (rank,).
+
+    Raises:
+        NumericalError: the matrix is not finite.
+    """
+    require_finite("factor", matrix)
+    matrix = matrix.double()
+    peak = matrix.abs().amax(dim=1 - dim, keepdim=True)
+    scale = (peak / INT8_MAX).float()
+    return _nearest(matrix, scale, -INT8_MAX, INT8_MAX), scale.flatten()
+
+
+def dequantize_directions(values: Tensor, scale: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """q s, the inverse of ``quantize_directions`` up to half a scale per entry."""
+    return (values.to(scale.dtype) * scale.unsqueeze(1 - dim)).to(dtype)
+
+
+def round_to_nearest(weight: Tensor, n_bits: int, group_size: int | None, symmetric: bool = True) -> Quantized:
+    """W ≈ (q − z) s, one float16 scale (and zero point) per row and group of ``group_size`` inputs: the RTN baseline.
+
+    Args:
+        weight: W, (out, in).
+        n_bits: 2 to 8.
+        group_size: inputs per scale, None for the whole row; the last group may be shorter.
+        symmetric: z = 0 and q in [−q_max, q_max]; otherwise q in [0, 2^n_bits − 1].
+
+    Returns:
+        values (out, in) int8, or uint8 if asymmetric; scale (out, groups) float16; zero_point (out, groups) uint8, or
+        None if symmetric; group_size, in for whole rows.
+
+    Raises:
+        NumericalError: W is not finite or too large for a 16-bit scale, or n_bits or group_size is out of range.
+    """
+    require_finite("weight", weight)
+    if not 2 <= n_bits <= 8 or (group_size is not None and group_size < 1):
+        raise NumericalError(f"n_bits {n_bits}, group_size {group_size}; required: n_bits in [2, 8], group_size >= 1")
+    size = min(group_size or weight.shape[1], weight.shape[1])
+    groups = -(-weight.shape[1] // size)
+    padded = torch.nn.functional.pad(weight.double(), (0, groups * size - weight.shape[1]))
+    grouped = padded.unflatten(1, (groups, size))  # (out, groups, size); a zero is in every range, so padding is free
+    if symmetric:
+        top = 2 ** (n_bits - 1) - 1
+        scale = _half(grouped.abs().amax(-1, keepdim=True) / top)
+        values = _nearest(grouped, scale, -top, top)
+        return Quantized(values.flatten(1)[:, : weight.shape[1]], scale.squeeze(-1), None, size)
+    top = 2**n_bits - 1
+    low, high = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
+    scale = _half((high - low) / top)
+    zero_point = _divide(-low, scale).round().clamp(0, top)
+    values = (_divide(grouped, scale).round() + zero_point).clamp(0, top).to(torch.uint8)
+    zero_point = zero_point.squeeze(-1).to(torch.uint8)
+    return Quantized(values.flatten(1)[:, : weight.shape[1]], scale.squeeze(-1), zero_point, size)
+
+
+def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(q − z) s, (out, in): the inverse of ``round_to_nearest`` up to about half a scale per entry."""
+    index = torch.arange(quantized.values.shape[1], device=quantized.values.device) // quantized.group_size
+    values = quantized.values.float()
+    if quantized.zero_point is not None:
+        values = values - quantized.zero_point.float()[:, index]
+    return (values * quantized.scale.float()[:, index]).to(dtype)
+
+
+def rounded_bytes(out: int, in_: int, n_bits: int, group_size: int | None, symmetric: bool = True) -> int:
+    """out·⌈in·n_bits/8⌉ + a 16-bit scale (and an n_bits zero point) per row and group: the RTN baseline's bytes."""
+    groups = -(-in_ // min(group_size or in_, in_))
+    zero_points = 0 if symmetric else -(-out * groups * n_bits // 8)
+    return out * -(-in_ * n_bits // 8) + 2 * out * groups + zero_points
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """Two's-complement nibbles, two per byte, the even column low: (..., n) int8 in [−8, 7] -> (..., ⌈n/2⌉) uint8.
+
+    Raises:
+        NumericalError: a value does not fit into four bits.
+    """
+    if values.numel() and not -8 <= int(values.min()) <= int(values.max()) <= 7:
+        raise NumericalError(f"int4 values lie in [-8, 7], found [{int(values.min())}, {int(values.max())}]")
+    nibbles = torch.nn.functional.pad(values.to(torch.int16), (0, values.shape[-1] % 2)) & 0xF
+    return (nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)).to(torch.uint8)
+
+
+def unpack_int4(packed: Tensor, n: int) -> Tensor:
+    """The inverse of ``pack_int4``: (..., ⌈n/2⌉) uint8 -> (..., n) int8, bit for bit."""
+    nibbles = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)[..., :n].to(torch.int8)
+    return torch.where(nibbles > 7, nibbles - 16, nibbles)
+
+
+def _nearest(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    return _divide(values, scale).round().clamp(low, high).to(torch.int8)
+
+
+def _divide(values: Tensor, scale: Tensor) -> Tensor:
+    scale = scale.double()
+    return torch.where(scale > 0, values / torch.where(scale > 0, scale, 1.0), 0.0)
+
+
+def _half(values: Tensor) -> Tensor:
+    """Non-negative scales in float16: a positive one stays positive, and none overflows."""
+    half = torch.where(values > 0, values.half().clamp(min=2.0**-24), 0.0).half()
+    if not bool(torch.isfinite(half).all()):
+        raise NumericalError(
+            f"a scale of {float(values.max()):.3g} overflows float16 (65504); the weight is too large for this baseline"
+        )
+    return half

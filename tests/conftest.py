@@ -1,0 +1,43 @@
+"""Fixtures shared by all tests: tiny models as local folders, a text, and whole tiny projects."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+ProjectFactory = Callable[[str], tiny.Project]
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """family -> Hugging Face folder with model and tokenizer; read only."""
+    root = tmp_path_factory.mktemp("models")
+    return {family: tiny.save_model(family, root / family) for family in tiny.FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny corpus as jsonl; read only."""
+    return tiny.save_corpus(tmp_path_factory.mktemp("text") / "corpus.jsonl")
+
+
+@pytest.fixture
+def tiny_project(tmp_path: Path, model_folders: dict[str, Path], corpus_file: Path) -> ProjectFactory:
+    """family -> a fresh project of that family in this test's own folder; no stage has run."""
+
+    def build(family: str = "llama") -> tiny.Project:
+        return tiny.make_project(tmp_path / f"project-{family}", model_folders[family], corpus_file)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def finished_llama(
+    tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], corpus_file: Path
+) -> tiny.Project:
+    """A Llama project after one `dvc repro`; read only, change a `.copy()`."""
+    project = tiny.make_project(tmp_path_factory.mktemp("finished") / "llama", model_folders["llama"], corpus_file)
+    assert project.repro() == set(tiny.STAGES)
+    return project

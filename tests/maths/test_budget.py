@@ -1,0 +1,111 @@
+"""Bytes of every storage format against a count of its tensors."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spectrim.errors import BudgetError
+from spectrim.maths.budget import (
+    break_even_rank,
+    budget_bytes,
+    dense_bytes,
+    matrix_bytes,
+    max_rank,
+    rank_bytes,
+    resolve_format,
+    stored_bytes,
+)
+from tests import reference
+
+FORMATS = ["float16", "remap", "int8"]
+formats = st.sampled_from(FORMATS)
+sizes = st.integers(1, 70)
+
+
+@settings(deadline=None)
+@given(formats, sizes, sizes, st.data())
+def test_bytes_are_those_of_the_stored_tensors(format, out, in_, data):
+    rank = data.draw(st.integers(1, min(out, in_)))
+    assert matrix_bytes(format, out, in_, rank) == reference.matrix_bytes(format, out, in_, rank)
+    assert matrix_bytes(format, out, in_, rank) == rank * rank_bytes(format, out, in_)
+    assert matrix_bytes(format, out, in_, rank) == matrix_bytes(format, in_, out, rank)
+
+
+@pytest.mark.parametrize(
+    ("format", "expected"), [("float16", 2 * 96 * 2112), ("remap", 2 * 96 * 1536 + 768), ("int8", 96 * 2112 + 768)]
+)
+def test_bytes_of_a_real_matrix(format, expected):
+    assert matrix_bytes(format, 1536, 576, 96) == matrix_bytes(format, 576, 1536, 96) == expected
+
+
+@settings(deadline=None)
+@given(formats, sizes, sizes, st.data())
+def test_a_matrix_is_dense_exactly_when_its_factors_are_not_cheaper(format, out, in_, data):
+    rank = data.draw(st.integers(1, min(out, in_)))
+    factors = reference.matrix_bytes(format, out, in_, rank)
+    dense = reference.matrix_bytes("dense", out, in_, rank)
+    assert resolve_format(format, out, in_, rank) == (format if factors < dense else "dense")
+    assert stored_bytes(format, out, in_, rank) == min(factors, dense)
+    assert (rank <= break_even_rank(format, out, in_)) == (factors < dense)
+
+
+@settings(deadline=None)
+@given(formats, sizes, sizes, st.integers(0, 12000))
+def test_max_rank_is_the_largest_that_fits(format, out, in_, budget):
+    fitting = [rank for rank in range(1, min(out, in_) + 1) if stored_bytes(format, out, in_, rank) <= budget]
+    assert max_rank(format, out, in_, budget) == max(fitting, default=0)
+
+
+@settings(deadline=None)
+@given(sizes, sizes, st.fractions(Fraction(1, 50), 1))
+def test_float16_rank_of_a_ratio_is_the_textbook_one(out, in_, ratio):
+    """int(ratio·m·n/(m + n)), as in SVD-LLM, below the dense weight."""
+    budget = int(ratio * dense_bytes(out, in_))
+    if budget < dense_bytes(out, in_):
+        textbook = int(ratio * out * in_ / (out + in_))
+        assert max_rank("float16", out, in_, budget) == min(textbook, break_even_rank("float16", out, in_))
+
+
+def test_break_even_of_int8_is_capped_at_full_rank():
+    assert break_even_rank("int8", 192, 576) == 192
+    assert resolve_format("int8", 192, 576, 192) == "int8"
+
+
+def test_factors_that_cost_as_much_as_dense_are_stored_dense():
+    assert matrix_bytes("float16", 8, 8, 4) == dense_bytes(8, 8)
+    assert resolve_format("float16", 8, 8, 4) == "dense"
+    assert break_even_rank("float16", 8, 8) == 3
+
+
+def test_one_by_one_matrices_are_always_dense():
+    assert [break_even_rank(format, 1, 1) for format in FORMATS] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("hundredth", range(1, 101))
+def test_budget_takes_the_ratio_as_written(hundredth):
+    assert budget_bytes([(5, 10)], hundredth / 100) == hundredth  # floats give int(0.29 * 100) == 28
+
+
+def test_budget_adds_up_all_matrices_before_rounding_down():
+    assert budget_bytes([(1, 1), (1, 1), (1, 2)], 0.4) == 3
+    assert budget_bytes([(3, 7), (5, 2)], 1.0) == 62
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.01, float("nan")])
+def test_a_ratio_outside_the_unit_interval_is_refused(ratio):
+    with pytest.raises(BudgetError, match=r"fraction of bytes kept"):
+        budget_bytes([(4, 4)], ratio)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 5])
+def test_an_impossible_rank_is_refused(rank):
+    with pytest.raises(BudgetError, match=rf"rank {rank} of a \(4, 6\) matrix"):
+        matrix_bytes("float16", 4, 6, rank)
+
+
+@pytest.mark.parametrize("format", ["dense", "float8"])
+def test_a_format_without_factors_has_no_bytes_per_rank(format):
+    with pytest.raises(BudgetError, match="stores no factors"):
+        rank_bytes(format, 4, 6)

@@ -1,0 +1,138 @@
+"""The naive, obviously right versions of the kernels in spectrim/maths: loops, dense inverses, torch.linalg.svd."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+
+
+def draw(seed: int, out: int, in_: int, tokens: int, skew: float = 1.0) -> tuple[Tensor, Tensor]:
+    """W (out, in) and X (tokens, in), float64, X's columns scaled from 1 down to 10^-skew and mixed: a skewed Gram."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, in_, generator=generator, dtype=torch.float64)
+    scale = torch.logspace(0, -skew, in_, dtype=torch.float64)
+    mixing = torch.randn(in_, in_, generator=generator, dtype=torch.float64) / math.sqrt(in_)
+    return weight, torch.randn(tokens, in_, generator=generator, dtype=torch.float64) * scale @ mixing
+
+
+def with_spectrum(seed: int, out: int, in_: int, sigma: Sequence[float]) -> Tensor:
+    """A random (out, in) float64 matrix with exactly these singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    left, _ = torch.linalg.qr(torch.randn(out, len(sigma), generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(in_, len(sigma), generator=generator, dtype=torch.float64))
+    return left * torch.tensor(sigma, dtype=torch.float64) @ right.T
+
+
+def gram(x: Tensor) -> Tensor:
+    """Σ over tokens of x xᵀ."""
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for token in x.double():
+        total += torch.outer(token, token)
+    return total
+
+
+def damped(matrix: Tensor, damping: float) -> Tensor:
+    """G + δ·mean(diag G)·I, entry by entry."""
+    result = matrix.clone()
+    mean = sum(float(matrix[i, i]) for i in range(len(matrix))) / len(matrix)
+    for i in range(len(matrix)):
+        result[i, i] += damping * mean
+    return result
+
+
+def matrix_sqrt(matrix: Tensor) -> Tensor:
+    """The principal square root by scipy's Schur method."""
+    return torch.from_numpy(np.real(scipy.linalg.sqrtm(matrix.numpy())))
+
+
+def best_for_outputs(weight: Tensor, x: Tensor, rank: int) -> Tensor:
+    """argmin ‖X(W − W')ᵀ‖ over rank r, from the outputs: project them on their own top right singular vectors."""
+    _, _, right = torch.linalg.svd(x @ weight.T, full_matrices=False)
+    basis = right[:rank].T
+    return basis @ basis.T @ weight
+
+
+def two_sided(weight: Tensor, gram: Tensor, gradient_gram: Tensor, rank: int) -> Tensor:
+    """argmin ‖D^½ (W − W') G^½‖ over rank r, from both square roots, their inverses and one SVD."""
+    row, column = matrix_sqrt(gradient_gram), matrix_sqrt(gram)
+    left, sigma, right = torch.linalg.svd(row @ weight @ column, full_matrices=False)
+    best = left[:, :rank] @ torch.diag(sigma[:rank]) @ right[:rank]
+    return torch.linalg.inv(row) @ best @ torch.linalg.inv(column)
+
+
+def two_sided_spectrum(weight: Tensor, gram: Tensor, gradient_gram: Tensor) -> Tensor:
+    """The singular values of D^½ W G^½."""
+    return torch.linalg.svdvals(matrix_sqrt(gradient_gram) @ weight @ matrix_sqrt(gram))
+
+
+def mean_projector(windows: Sequence[Tensor], rank: int) -> Tensor:
+    """The mean of V Vᵀ over windows, V from a full SVD of each window's outputs."""
+    total = torch.zeros(windows[0].shape[1], windows[0].shape[1], dtype=torch.float64)
+    for outputs in windows:
+        right = torch.linalg.svd(outputs.double())[2][:rank]
+        total += right.T @ right
+    return total / len(windows)
+
+
+def smooth_gate(truncation: float, rank: int, beta: float) -> list[float]:
+    """½ tanh(β(τ − i)) + ½ for i = 1..rank."""
+    return [0.5 * math.tanh(beta * (truncation - i)) + 0.5 for i in range(1, rank + 1)]
+
+
+def truncated_activation(output: Tensor, truncation: Tensor, beta: float) -> Tensor:
+    """U diag(σ∘T) Vᵀ through torch.linalg.svd, whose gradient is exact but unbounded."""
+    left, sigma, right = torch.linalg.svd(output, full_matrices=False)
+    index = torch.arange(1, len(sigma) + 1, dtype=output.dtype)
+    gate = 0.5 * torch.tanh(beta * (truncation - index)) + 0.5
+    return left @ torch.diag(sigma * gate) @ right
+
+
+def cheapest(ladders: Sequence[Sequence[tuple[int, int, float]]], budget_bytes: int) -> tuple[float, list[int]]:
+    """Least total loss and its ranks over every combination of (rank, bytes, loss) within the budget."""
+    best = (math.inf, [])
+    for combination in itertools.product(*ladders):
+        if sum(cost for _, cost, _ in combination) <= budget_bytes:
+            best = min(best, (sum(loss for *_, loss in combination), [rank for rank, *_ in combination]))
+    return best
+
+
+def matrix_bytes(format: str, out: int, in_: int, rank: int) -> int:
+    """Bytes of the tensors that a format stores, counted one tensor at a time."""
+    long, short = max(out, in_), min(out, in_)
+    tensors = {
+        "dense": [(out * in_, 2)],
+        "float16": [(out * rank, 2), (rank * in_, 2)],
+        "int8": [(out * rank, 1), (rank * in_, 1), (rank, 4), (rank, 4)],
+        "remap": [(short * rank, 1), (short * rank, 1), ((long - short) * rank, 2), (rank, 4), (rank, 4)],
+    }[format]
+    return sum(count * size for count, size in tensors)
+
+
+def round_to_nearest(weight: Tensor, n_bits: int, group_size: int | None, symmetric: bool) -> Tensor:
+    """The weight after rounding to ``n_bits`` and back, one number at a time, scales in float16."""
+    out, in_ = weight.shape
+    size = group_size or in_
+    result = torch.zeros_like(weight)
+    for row in range(out):
+        for start in range(0, in_, size):
+            group = [float(value) for value in weight[row, start : start + size]]
+            low, high = min(0.0, *group), max(0.0, *group)
+            steps = 2 ** (n_bits - 1) - 1 if symmetric else 2**n_bits - 1
+            span = max(-low, high) if symmetric else high - low
+            scale = float(torch.tensor(span / steps).half())
+            zero = 0 if symmetric or scale == 0 else min(max(round(-low / scale), 0), steps)
+            for offset, value in enumerate(group):
+                level = round(value / scale) + zero if scale else 0
+                level = min(max(level, -steps if symmetric else 0), steps)
+                result[row, start + offset] = (level - zero) * scale
+    return result
+
+
+def pack_int4(values: Sequence[int]) -> list[int]:
+    """Pairs of four-bit integers as bytes, the first one in the low half."""
+    padded = [*values, 0] if len(values) % 2 else list(values)
+    return [(low % 16) + 16 * (high % 16) for low, high in zip(padded[::2], padded[1::2], strict=True)]
