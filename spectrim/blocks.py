@@ -1,0 +1,205 @@
+"""A causal language model as embedding -> blocks -> head, one block in memory at a time.
+
+The model is built without weights; ``resident(i)`` brings in block i and drops it again, so that statistics of any
+model need the memory of its embedding, its head, one block and that block's hidden states. What stands before and
+after the blocks is reached without knowing the architecture: the model's own forward runs with every block stubbed.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from spectrim.errors import ModelError
+from spectrim.modules import decoder_blocks, linears_by_block
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with besides the hidden states
+
+
+class BlockModel:
+    """A model folder run block by block.
+
+    Args:
+        folder: a Hugging Face model folder with safetensors weights.
+        device: where blocks run.
+        exclude: shell patterns of linears that are left out of ``linears``.
+
+    Raises:
+        ModelError: no decoder blocks, nothing to compress, or weights whose names are not the module's.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu", exclude: tuple[str, ...] = ()) -> None:
+        self.folder, self.device = Path(folder), torch.device(device)
+        config = AutoConfig.from_pretrained(self.folder)
+        self.dtype = config.dtype or torch.float32
+        with init_empty_weights():
+            self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        self.model.eval().requires_grad_(False)
+        self.prefix, self.blocks = decoder_blocks(self.model)
+        self.names = [f"{self.prefix}.{i}" for i in range(len(self.blocks))]
+        self.linears = list(linears_by_block(self.model, exclude).values())
+        self._files = _weight_files(self.folder)
+        self._calls: dict[tuple[int, ...], list[Call]] = {}
+        self._tuple_output: bool | None = None
+        for name, buffer in list(self.model.named_buffers()):
+            if buffer.device.type != "meta":
+                set_module_tensor_to_device(self.model, name, self.device, buffer)
+        block_parts = tuple(f"{name}." for name in self.names)
+        self._load([name for name in self._files if not name.startswith(block_parts)])
+        self.model.tie_weights()
+        missing = [
+            n for n, p in self.model.named_parameters() if p.device.type == "meta" and not n.startswith(block_parts)
+        ]
+        if missing:
+            raise ModelError(
+                f"{self.folder}: no weights for {missing[0]} ({len(missing)} tensors); save the model again"
+            )
+
+    @contextmanager
+    def resident(self, index: int) -> Iterator[nn.Module]:
+        """Block ``index`` with its weights in memory for the length of the ``with``."""
+        prefix = f"{self.names[index]}."
+        wanted = [f"{prefix}{name}" for name, _ in self.blocks[index].named_parameters()]
+        if absent := [name for name in wanted if name not in self._files]:
+            raise ModelError(f"{self.folder}: no weights for {absent[0]}; save the model again with save_pretrained")
+        self._load(wanted)
+        try:
+            yield self.blocks[index]
+        finally:
+            for name in wanted:
+                set_module_tensor_to_device(self.model, name, "meta")
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """Linear name -> weight (out, in) of block ``index`` in the model's dtype, read straight from the files."""
+        weights = {}
+        for name in self.linears[index]:
+            with safe_open(self._files[f"{name}.weight"], framework="pt") as handle:
+                weights[name] = handle.get_tensor(f"{name}.weight").to(self.device, self.dtype)
+        return weights
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (batch, seq) int64 -> hidden states (batch, seq, hidden) that enter the first block."""
+        entered: list[Tensor] = []
+        calls: list[Call] = []
+
+        def record(_: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            entered.append(hidden)
+            calls.append((args, kwargs))
+            return hidden
+
+        with self._stubbed(record):
+            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+        known = self._calls.setdefault(tuple(tokens.shape), calls)
+        if not all(_same(old, new) for old, new in zip(known, calls, strict=True)):
+            raise ModelError(
+                f"{type(self.model).__name__}: its blocks receive inputs that depend on the tokens besides the hidden "
+                "states; such a model cannot be walked block by block"
+            )
+        return entered[0]
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """Hidden states (batch, seq, hidden) through block ``index``, which must be resident; differentiable."""
+        args, kwargs = self._call(index, (hidden.shape[0], hidden.shape[1]))
+        output = self.blocks[index](hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Hidden states that leave the last block -> logits (batch, seq, vocabulary); differentiable."""
+        last = len(self.blocks) - 1
+
+        def stub(index: int, entered: Tensor, *_: Any) -> Tensor:
+            return hidden if index == last else entered
+
+        with self._stubbed(stub):
+            return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+
+    def _call(self, index: int, shape: tuple[int, int]) -> Call:
+        if shape not in self._calls:  # depends on the shape alone: positions and masks, never on the tokens
+            self.embed(torch.zeros(shape, dtype=torch.long))
+        return self._calls[shape][index]
+
+    def _returns_tuple(self) -> bool:
+        """Whether blocks return (hidden, ...): seen on a real one-token call, since stubs must return the same."""
+        if self._tuple_output is None:
+            kept: list[Any] = []
+            first = self.blocks[0]
+
+            class Seen(Exception):
+                pass
+
+            def spy(*args: Any, **kwargs: Any) -> Any:
+                kept.append(type(first).forward(first, *args, **kwargs))
+                raise Seen
+
+            with self.resident(0):
+                first.forward = spy
+                try:
+                    token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+                    self.model.base_model(input_ids=token, use_cache=False)
+                except Seen:
+                    pass
+                finally:
+                    del first.forward
+            self._tuple_output = isinstance(kept[0], tuple)
+        return self._tuple_output
+
+    @contextmanager
+    def _stubbed(self, stub: Any) -> Iterator[None]:
+        wrap = self._returns_tuple()
+
+        def forward_of(index: int) -> Any:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+                out = stub(index, hidden_states, args, kwargs)
+                return (out,) if wrap else out
+
+            return forward
+
+        for index, block in enumerate(self.blocks):
+            block.forward = forward_of(index)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    def _load(self, names: list[str]) -> None:
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
+        for file, wanted in by_file.items():
+            with safe_open(file, framework="pt") as handle:
+                for name in wanted:
+                    value = handle.get_tensor(name)
+                    dtype = self.dtype if value.is_floating_point() else None
+                    set_module_tensor_to_device(self.model, name, self.device, value, dtype=dtype)
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, Tensor):
+        return isinstance(new, Tensor) and torch.equal(old, new)
+    if isinstance(old, tuple | list):
+        return len(old) == len(new) and all(map(_same, old, new))
+    if isinstance(old, dict):
+        return old.keys() == new.keys() and all(_same(old[key], new[key]) for key in old)
+    return True
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file of ``folder`` that holds it."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    file = folder / "model.safetensors"
+    if not file.exists():
+        raise ModelError(f"{folder}: no model.safetensors; prepare the model first")
+    with safe_open(file, framework="pt") as handle:
+        return dict.fromkeys(handle.keys(), file)

@@ -1,0 +1,237 @@
+"""Second moments of what enters and leaves every linear of a block, and the whitened factors made from them.
+
+For a linear y = W x with tokens t:  gram G = Σ_t x_t x_tᵀ,  mean = Σ_t x_t / n_tokens,  gradient_gram D = Σ_t g_t g_tᵀ
+with g_t = ∂L/∂y_t and L the cross-entropy summed over tokens. Linears that read the same tensor (q/k/v, gate/up)
+share one Gram. Blocks are streamed: forward from the embedding, then backward from the loss, each block recomputed
+from its stored input, so that no more than one block and its hidden states are in memory.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from spectrim.blocks import BlockModel
+from spectrim.errors import NumericalError
+from spectrim.maths.lowrank import spectrum, two_sided
+from spectrim.maths.whitening import Whitener, sqrt_and_inverse
+
+
+def pack_symmetric(matrix: Tensor) -> Tensor:
+    """Symmetric (n, n) -> its upper triangle, row by row, (n(n+1)/2,) float32: the precision Grams are summed from."""
+    rows, columns = torch.triu_indices(*matrix.shape, device=matrix.device)
+    return matrix[rows, columns].float().cpu()
+
+
+def unpack_symmetric(triangle: Tensor) -> Tensor:
+    """Inverse of ``pack_symmetric``: (n(n+1)/2,) -> (n, n) float64."""
+    size = round(((8 * triangle.numel() + 1) ** 0.5 - 1) / 2)
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    rows, columns = torch.triu_indices(size, size)
+    matrix[rows, columns] = triangle.double()
+    return matrix + matrix.triu(1).T
+
+
+def batches(n_windows: int, batch_size: int) -> Iterator[slice]:
+    """Slices of at most ``batch_size`` that cover range(n_windows) in order."""
+    for start in range(0, n_windows, batch_size):
+        yield slice(start, min(start + batch_size, n_windows))
+
+
+@torch.no_grad()
+def forward_block(model: BlockModel, index: int, hidden: Tensor, batch_size: int) -> Tensor:
+    """Hidden states (windows, seq, hidden) through block ``index``; no statistics. The result is on the CPU."""
+    output = torch.empty_like(hidden)
+    with model.resident(index):
+        for part in batches(len(hidden), batch_size):
+            output[part] = model.run(index, hidden[part].to(model.device)).cpu()
+    return output
+
+
+@torch.no_grad()
+def input_statistics(
+    model: BlockModel, index: int, hidden: Tensor, batch_size: int
+) -> tuple[dict[str, Tensor], dict[str, str], Tensor]:
+    """Grams and means of the inputs of block ``index``, and the hidden states that leave it.
+
+    Args:
+        hidden: (windows, seq, hidden), what enters the block.
+        batch_size: windows per forward pass.
+
+    Returns:
+        ``{"gram.LINEAR": packed Gram, "mean.LINEAR": (in,) float64}`` with one entry per distinct input, named after
+        the first linear that reads it; for every linear the name its input stands under; the output, as ``hidden``.
+
+    Raises:
+        NumericalError: a non-finite input, naming the linear and the window.
+    """
+    sums: dict[str, Tensor] = {}
+    totals: dict[str, Tensor] = {}
+    owners: dict[str, str] = {}
+    seen: list[tuple[Tensor, str]] = []
+    part = slice(0, 0)
+
+    def observe(name: str, x: Tensor) -> None:
+        owner = next((other for tensor, other in seen if tensor is x), None)
+        if owner is None:
+            seen.append((x, name))
+            flat = x.reshape(-1, x.shape[-1]).float()
+            block = flat.T @ flat
+            if not torch.isfinite(block.diagonal().sum()):
+                raise NumericalError(_non_finite(name, x, part, "input"))
+            sums[name] = sums[name].add_(block) if name in sums else block.double()
+            total = flat.double().sum(0)
+            totals[name] = totals[name] + total if name in totals else total
+        owners[name] = owner or name
+
+    output = torch.empty_like(hidden)
+    with (
+        model.resident(index),
+        _hooked(model.linears[index], lambda n, m: m.register_forward_pre_hook(_on_input(n, observe))),
+    ):
+        for part in batches(len(hidden), batch_size):
+            seen.clear()
+            result = model.run(index, hidden[part].to(model.device))
+            if not torch.isfinite(result.sum()):
+                raise NumericalError(_non_finite(model.names[index], result, part, "output"))
+            output[part] = result.cpu()
+    n_tokens = hidden.shape[0] * hidden.shape[1]
+    tensors = {f"gram.{name}": pack_symmetric(gram) for name, gram in sums.items()}
+    tensors |= {f"mean.{name}": (total / n_tokens).cpu() for name, total in totals.items()}
+    return tensors, owners, output
+
+
+def loss_gradient(model: BlockModel, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """∂L/∂hidden at the output of the last block, L = Σ next-token cross-entropy; (windows, seq, hidden) on the CPU."""
+    gradient = torch.empty_like(hidden)
+    for i in range(len(hidden)):
+        leaf = hidden[i : i + 1].to(model.device).requires_grad_()
+        logits = model.logits(tokens[i : i + 1], leaf)[0, :-1].float()
+        loss = cross_entropy(logits, tokens[i, 1:].to(model.device), reduction="sum")
+        if not torch.isfinite(loss):
+            raise NumericalError(f"window {i}: the loss is {loss.item()}; check the model and the text of that window")
+        gradient[i : i + 1] = torch.autograd.grad(loss, leaf)[0].cpu()
+    return gradient
+
+
+def gradient_statistics(
+    model: BlockModel, index: int, hidden: Tensor, gradient: Tensor, batch_size: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradient Grams of the outputs of block ``index``, and the gradient that enters the block from above.
+
+    Args:
+        hidden: (windows, seq, hidden), what enters the block.
+        gradient: ∂L/∂(output of the block), same shape.
+
+    Returns:
+        ``{"gradient_gram.LINEAR": packed D}`` and ∂L/∂hidden.
+
+    Raises:
+        NumericalError: a non-finite gradient, naming the linear and the window.
+    """
+    sums: dict[str, Tensor] = {}
+    part = slice(0, 0)
+
+    def accumulate(name: str, g: Tensor) -> None:
+        flat = g.reshape(-1, g.shape[-1]).float()
+        block = flat.T @ flat
+        if not torch.isfinite(block.diagonal().sum()):
+            raise NumericalError(_non_finite(name, g, part, "output gradient"))
+        sums[name] = sums[name].add_(block) if name in sums else block.double()
+
+    def on_output(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            output.register_hook(lambda g: accumulate(name, g))
+
+        return hook
+
+    below = torch.empty_like(hidden)
+    with model.resident(index), _hooked(model.linears[index], lambda n, m: m.register_forward_hook(on_output(n))):
+        for part in batches(len(hidden), batch_size):
+            leaf = hidden[part].to(model.device).requires_grad_()
+            output = model.run(index, leaf)
+            below[part] = torch.autograd.grad(output, leaf, gradient[part].to(model.device))[0].cpu()
+    return {f"gradient_gram.{name}": pack_symmetric(gram) for name, gram in sums.items()}, below
+
+
+def decompose(
+    weights: Mapping[str, Tensor],
+    statistics: Mapping[str, Tensor],
+    input_of: Mapping[str, str],
+    n_tokens: int,
+    n_gradient_tokens: int,
+    damping: float,
+    max_damping: float,
+) -> dict[str, Tensor]:
+    """Full-rank two-sided factors and both spectra of every linear of a block.
+
+    With G and D divided by their numbers of tokens, the two-sided spectrum predicts the loss: dropping the components
+    i > r raises the cross-entropy by about Σ_{i>r} σᵢ² / 2 nats per token, comparable across matrices. The input
+    spectrum's Σ_{i>r} σᵢ² is the mean squared output error per token.
+
+    Returns:
+        Per linear ``left.`` (out, k) and ``right.`` (k, in) float32, ``two_sided.`` and ``input.`` (k,) float64,
+        k = min(out, in), and ``damping.`` (1,), what the decomposed side needed.
+    """
+    tensors: dict[str, Tensor] = {}
+    roots: dict[str, Whitener] = {}
+    for name, weight in weights.items():
+        owner = input_of[name]
+        gram = unpack_symmetric(statistics[f"gram.{owner}"]).to(weight.device) / n_tokens
+        gradient_gram = unpack_symmetric(statistics[f"gradient_gram.{name}"]).to(weight.device) / n_gradient_tokens
+        try:
+            if weight.shape[0] > weight.shape[1]:  # the smaller side is decomposed, once for all that share the input
+                if owner not in roots:
+                    roots[owner] = sqrt_and_inverse(gram, damping, max_damping)
+                side = {"gram_root": roots[owner]}
+            else:
+                side = {"gradient_root": sqrt_and_inverse(gradient_gram, damping, max_damping)}
+            result = two_sided(weight, gram, gradient_gram, damping, max_damping, **side)
+            input_sigma = spectrum(weight, gram)
+        except NumericalError as error:
+            raise NumericalError(f"{name}: {error}") from None
+        tensors[f"left.{name}"] = result.left.float().cpu().contiguous()
+        tensors[f"right.{name}"] = result.right.float().cpu().contiguous()
+        tensors[f"two_sided.{name}"] = result.sigma.cpu()
+        tensors[f"input.{name}"] = input_sigma.cpu()
+        tensors[f"damping.{name}"] = torch.tensor([root.damping for root in side.values()], dtype=torch.float64)
+    return tensors
+
+
+def gram_of(folder: Path, index: int, name: str) -> Tensor:
+    """The input Gram (in, in) float64 of linear ``name`` of block ``index``, read from a capture folder."""
+    with safe_open(folder / "inputs" / f"{index:03}.safetensors", framework="pt") as handle:
+        owner = json.loads(handle.metadata()["input_of"])[name]
+        return unpack_symmetric(handle.get_tensor(f"gram.{owner}"))
+
+
+def _on_input(name: str, observe: Any) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        observe(name, args[0])
+
+    return hook
+
+
+@contextmanager
+def _hooked(linears: Mapping[str, nn.Linear], register: Any) -> Iterator[None]:
+    handles = [register(name, module) for name, module in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _non_finite(name: str, values: Tensor, part: slice, what: str) -> str:
+    windows = values.reshape(part.stop - part.start, -1)
+    bad = next(i for i, row in enumerate(windows) if not torch.isfinite(row).all())
+    return (
+        f"{name}: non-finite {what} in calibration window {part.start + bad}; "
+        "activations must be finite: use prepare.load_dtype float32 or bfloat16, or check the model's weights"
+    )

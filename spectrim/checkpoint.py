@@ -1,0 +1,221 @@
+"""The Spectrim checkpoint, format version 1: a normal Hugging Face folder that plain ``from_pretrained`` loads.
+
+    config.json          the dense model's, with the entry "quantization_config" below
+    model.safetensors    or model-00001-of-0000N.safetensors and model.safetensors.index.json
+    spectrim.json        provenance, ratios, bytes of every matrix; not needed to load
+    everything else      tokenizer, chat template and generation settings of the dense model, unchanged
+
+    "quantization_config": {
+        "quant_method": "spectrim",
+        "version": 1,
+        "ratio": 0.7996,              bytes of the matrices below / their bytes in 16 bit, measured
+        "stored_dtype": "float16",    or "bfloat16": the 16-bit dtype of this checkpoint
+        "matrices": {"model.layers.0.self_attn.q_proj": {"format": "float16", "rank": 224}, ...}
+    }
+
+``matrices`` lists every linear that counts in the ratio by its module path, W (out, in), rank r, n = min(out, in):
+
+    format    tensor               dtype      shape             W ≈ L Rᵀ
+    dense     NAME.weight          F16/BF16   (out, in)         W itself; the rank is n
+    float16   NAME.weight          F16/BF16   (in, r)           R
+              NAME.left            F16/BF16   (out, r)          L
+    int8      NAME.weight          I8         (in, r)           R = weight · weight_scale
+              NAME.weight_scale    F32        (r,)
+              NAME.left            I8         (out, r)          L = left · left_scale
+              NAME.left_scale      F32        (r,)
+    remap     as int8, but only the first n rows of each side are I8; the longer side (if out ≠ in) goes on in
+              NAME.weight_tail     F16/BF16   (in - n, r)       R = [weight · weight_scale; weight_tail]
+              NAME.left_tail       F16/BF16   (out - n, r)      L = [left · left_scale; left_tail]
+
+Notes:
+- Every other tensor, biases included, has the name and value it has in the dense model.
+- ``NAME.weight`` never has the shape of the dense weight unless it is the dense weight, so that a load without
+  ``import spectrim`` ends with a size mismatch instead of random weights.
+- A tensor that is missing, unlisted or of another shape or dtype is an error; so is an unknown version, format or key.
+- Weights are safetensors only. Nothing in the folder is executed.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from spectrim.errors import CheckpointError
+from spectrim.lowrank_linear import stored_tensors
+from spectrim.maths.budget import Format, dense_bytes
+
+METHOD = "spectrim"
+VERSION = 1
+KEYS = {"quant_method", "version", "ratio", "stored_dtype", "matrices"}
+SIDES = ("left", "weight")
+HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+CODES = {"I8": torch.int8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Matrix(NamedTuple):
+    """How one linear is stored; the rank of a dense one is min(out, in)."""
+
+    format: Format
+    rank: int
+
+
+class Entry(NamedTuple):
+    """One tensor of a safetensors file, from the header: dtype code such as ``F16``, shape, file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+
+class SpectrimConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of config.json, checked.
+
+    Attributes: ``version``, ``ratio`` (measured), ``stored_dtype`` (float16 | bfloat16), ``matrices`` as in the file.
+
+    Raises:
+        CheckpointError: unknown version, format or key; a missing key; a rank below 1. All problems at once.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        if problems := list(_problems(fields)):
+            raise CheckpointError(
+                "config.json: quantization_config of a Spectrim checkpoint: "
+                + "; ".join(problems)
+                + f". This Spectrim reads version {VERSION}; upgrade Spectrim, or build the checkpoint again"
+            )
+        self.quant_method = METHOD  # type: ignore[assignment] # transformers lists only its own methods there
+        self.version: int = fields["version"]
+        self.ratio: float = fields["ratio"]
+        self.stored_dtype: str = fields["stored_dtype"]
+        self.matrices: dict[str, dict[str, Any]] = fields["matrices"]
+
+    @property
+    def listed(self) -> dict[str, Matrix]:
+        """name -> Matrix of every linear that counts in the ratio."""
+        return {name: Matrix(**matrix) for name, matrix in self.matrices.items()}
+
+
+def _problems(fields: Mapping[str, Any]) -> Iterator[str]:
+    version = fields.get("version")
+    if version != VERSION:
+        yield f"version is {version!r}"
+        return  # nothing else can be judged
+    for key in sorted(KEYS - fields.keys()):
+        yield f"{key} is missing"
+    for key in sorted(fields.keys() - KEYS):
+        yield f"unknown key {key}"
+    if fields.get("stored_dtype") not in HALF:
+        yield f"stored_dtype is {fields.get('stored_dtype')!r}, must be one of {', '.join(HALF)}"
+    matrices = fields.get("matrices")
+    if not isinstance(matrices, Mapping):
+        yield "matrices must be a mapping of linear names"
+        return
+    for name, matrix in matrices.items():
+        if not isinstance(matrix, Mapping) or set(matrix) != set(Matrix._fields):
+            yield f"{name}: must have exactly {', '.join(Matrix._fields)}"
+        elif matrix["format"] not in get_args(Format):
+            yield f"{name}: unknown format {matrix['format']!r}, must be one of {', '.join(get_args(Format))}"
+        elif type(matrix["rank"]) is not int or matrix["rank"] < 1:
+            yield f"{name}: rank {matrix['rank']!r} must be an integer of at least 1"
+
+
+def headers(files: Iterable[Path]) -> dict[str, Entry]:
+    """name -> Entry of every tensor in safetensors ``files``; no tensor is read.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or not safetensors, or two files hold the same tensor.
+    """
+    entries: dict[str, Entry] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    piece = opened.get_slice(name)
+                    if name in entries:
+                        raise CheckpointError(f"{name}: stored twice, in {entries[name].file} and {file}; remove one")
+                    entries[name] = Entry(piece.get_dtype(), tuple(piece.get_shape()), file)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise CheckpointError(
+                f"{file}: missing, truncated or not safetensors ({error}); fetch or build it again"
+            ) from error
+    return entries
+
+
+def check_matrix(name: str, matrix: Matrix, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, int]:
+    """The dense shape (out, in) of a stored matrix, whose tensors must be exactly those of its format.
+
+    Args:
+        name: of the linear.
+        matrix: format and rank it claims to have.
+        found: suffix -> dtype code and shape of each tensor, the bias apart.
+
+    Raises:
+        CheckpointError: a tensor is missing, unlisted, or of another dtype or shape.
+    """
+    sizes = [sum(shape[0] for key, (_, shape) in found.items() if key in (side, f"{side}_tail")) for side in SIDES]
+    out_features, in_features = found["weight"][1] if matrix.format == "dense" and "weight" in found else sizes
+    expected = stored_tensors(matrix.format, out_features, in_features, matrix.rank)
+    for suffix in sorted(expected.keys() | found.keys()):
+        if suffix not in found or suffix not in expected:
+            state = "missing" if suffix not in found else "not part of the format"
+            raise CheckpointError(f"{name}.{suffix}: {state} ({matrix.format}); build or fetch the checkpoint again")
+        (code, shape), (wanted, dtype) = found[suffix], expected[suffix]
+        if shape != wanted or CODES.get(code) not in ([dtype] if dtype else HALF.values()):
+            kind = str(dtype or "16-bit").removeprefix("torch.")
+            raise CheckpointError(
+                f"{name}.{suffix}: is {code} {shape}, {matrix.format} of rank {matrix.rank} requires {kind} {wanted}; "
+                "build or fetch the checkpoint again"
+            )
+    return out_features, in_features
+
+
+def by_module(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
+    """module name -> suffix -> Entry, biases left out."""
+    modules: dict[str, dict[str, Entry]] = {}
+    for name, entry in entries.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix != "bias":
+            modules.setdefault(module, {})[suffix] = entry
+    return modules
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, sorted.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: holds no .safetensors file; a model folder with safetensors is required")
+    return files
+
+
+def read_bytes(folder: str | Path) -> dict[str, Any]:
+    """What a checkpoint takes, from its files' headers alone: bytes of the files and of the listed matrices.
+
+    Returns:
+        ``{"file": all safetensors files, "linears": tensors of the listed matrices without biases,
+        "dense_linears_16bit": 2·Σ out·in of them, "ratio": linears / dense_linears_16bit}``
+
+    Raises:
+        CheckpointError: not a Spectrim checkpoint, or a tensor of it is missing.
+    """
+    folder = Path(folder)
+    files = weight_files(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    if config.get("quant_method") != METHOD:
+        raise CheckpointError(f"{folder}: config.json has no Spectrim quantization_config; a checkpoint is required")
+    modules = by_module(headers(files))
+    linears = dense = 0
+    for name, matrix in SpectrimConfig(**config).listed.items():
+        found = modules.get(name, {})
+        dense += dense_bytes(*check_matrix(name, matrix, {suffix: entry[:2] for suffix, entry in found.items()}))
+        linears += sum(CODES[entry.dtype].itemsize * prod(entry.shape) for entry in found.values())
+    size = sum(file.stat().st_size for file in files)
+    return {"file": size, "linears": linears, "dense_linears_16bit": dense, "ratio": linears / dense}

@@ -1,0 +1,90 @@
+"""The structure of a model: where its blocks are, which of their linears are compressed, and how one is replaced.
+
+This is the only file that walks or changes a model's module tree. A `layer` is one decoder block; a linear's name is
+its full module path, such as ``model.layers.0.self_attn.q_proj``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from spectrim.errors import ModelError
+
+if TYPE_CHECKING:  # spectrim/__init__.py loads this file while transformers itself is being imported
+    from transformers import PreTrainedModel
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The name and the list of the model's decoder blocks, such as ``("model.layers", ModuleList)``.
+
+    It is the one outermost ModuleList with as many entries as ``config.num_hidden_layers``, so it holds for every
+    decoder-only architecture whose blocks stand in one list.
+
+    Raises:
+        ModelError: no list, or more than one, has that many entries.
+    """
+    n_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers and not inside:
+            found[name] = module
+    if len(found) != 1:
+        raise ModelError(
+            f"{type(model).__name__}: {len(found)} lists of {n_layers} blocks (config.num_hidden_layers) found"
+            f"{': ' if found else ''}{', '.join(found)}; exactly one is required. Use a decoder-only language model "
+            "such as Llama, OPT or Qwen2."
+        )
+    return next(iter(found.items()))
+
+
+def linears_by_block(model: PreTrainedModel, exclude: Iterable[str] = ()) -> dict[str, dict[str, nn.Linear]]:
+    """The compressible linears of every decoder block: block name -> linear name -> linear, in the model's order.
+
+    A linear is compressible when it is an ``nn.Linear`` inside a decoder block and its name matches none of the shell
+    patterns in ``exclude``. A block whose linears are all excluded is present with an empty dictionary.
+
+    Raises:
+        ModelError: nothing is left to compress.
+    """
+    patterns = tuple(exclude)
+    prefix, blocks = decoder_blocks(model)
+    linears: dict[str, dict[str, nn.Linear]] = {}
+    excluded = 0
+    for index, block in enumerate(blocks):
+        layer = f"{prefix}.{index}"
+        every = {f"{layer}.{name}": module for name, module in block.named_modules() if type(module) is nn.Linear}
+        linears[layer] = {
+            name: linear
+            for name, linear in every.items()
+            if not any(fnmatchcase(name, pattern) for pattern in patterns)
+        }
+        excluded += len(every) - len(linears[layer])
+    if not any(linears.values()):
+        raise ModelError(
+            f"{type(model).__name__}: no linear to compress: {prefix} holds {excluded} nn.Linear, all of them excluded "
+            f"by {list(patterns)}. At least one is required: use a model whose blocks are built of nn.Linear, "
+            "or shorten compression.exclude."
+        )
+    return linears
+
+
+def compressible_linears(model: PreTrainedModel, exclude: Iterable[str] = ()) -> dict[str, nn.Linear]:
+    """``linears_by_block`` without the blocks: linear name -> linear, in the model's order."""
+    return {name: linear for linears in linears_by_block(model, exclude).values() for name, linear in linears.items()}
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule ``name`` of ``model``.
+
+    Raises:
+        ModelError: ``model`` has no submodule of that name.
+    """
+    try:
+        model.set_submodule(name, module, strict=True)
+    except (AttributeError, ValueError):
+        raise ModelError(f"{name}: {type(model).__name__} has no module of that name; it cannot be replaced") from None

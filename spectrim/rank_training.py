@@ -1,0 +1,204 @@
+"""Truncation positions learned by gradient under a byte budget, for `gates` and for `dobi`.
+
+Both attach one learned fraction θ in (0, 1] to every linear and minimise the cross-entropy of the truncated model;
+after each step the fractions are put back on the plane Σ cost·θ = budget, so that training never buys loss with bytes.
+
+* gates (ARA, arXiv 2510.19389): W(τ) = left diag(T(τ)) right with FIXED whitened factors; no SVD in the loop.
+* dobi (Dobi-SVD, arXiv 2502.02723): the activation of each window, y = U diag(σ∘T(τ)) Vᵀ, through a stable SVD.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+
+from spectrim.errors import NumericalError
+from spectrim.maths.lowrank import Factors
+from spectrim.maths.truncation import smooth_gate, truncated_activation
+from spectrim.modules import replace
+
+
+class Truncated(nn.Module):
+    """A linear with a learned truncation ``fraction`` θ of its full rank, and the steepness β of its gate."""
+
+    def __init__(self, full_rank: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.fraction = nn.Parameter(torch.ones(()))
+        self.full_rank, self.bias, self.beta, self.open = full_rank, bias, 1.0, False
+
+
+class GatedLinear(Truncated):
+    """y = left diag(T(τ)) right x + bias, T the smooth gate at τ = θ·k; left (out, k) and right (k, in) stay fixed.
+
+    ``open`` leaves the gate out (the matrix is stored dense); ``rank`` cuts exactly, for validation.
+    """
+
+    def __init__(self, factors: Factors, bias: Tensor | None) -> None:
+        super().__init__(factors.right.shape[0], bias)
+        self.register_buffer("left", factors.left, persistent=False)
+        self.register_buffer("right", factors.right, persistent=False)
+        self.rank: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.get_buffer("left"), self.get_buffer("right")
+        if self.rank is not None:
+            return linear(linear(x, right[: self.rank]), left[:, : self.rank], self.bias)
+        inner = linear(x, right)
+        if not self.open:
+            inner = inner * smooth_gate(self.fraction * self.full_rank, self.full_rank, self.beta).to(inner.dtype)
+        return linear(inner, left, self.bias)
+
+
+class TruncatedActivation(Truncated):
+    """y = U diag(σ∘T(τ)) Vᵀ of the linear's own output, per window, as Dobi-SVD trains its positions.
+
+    The output of a window of n tokens has at most k = min(n, out, in) singular values, so τ = θ·k.
+    """
+
+    def __init__(self, original: nn.Linear, terms: int, threshold: float) -> None:
+        super().__init__(min(original.weight.shape), original.bias)
+        self.register_buffer("weight", original.weight.detach(), persistent=False)
+        self.terms, self.threshold = terms, threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = linear(x, self.get_buffer("weight"))
+        if not self.open:
+            windows = y.reshape(-1, *y.shape[-2:]) if x.dim() > 2 else y.unsqueeze(0)
+            tau = self.fraction * min(windows.shape[-2], self.full_rank)
+            cut = [truncated_activation(w, tau, self.beta, self.terms, self.threshold, self.full_rank) for w in windows]
+            y = torch.stack(cut).reshape(y.shape)
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the training curve: mean nats per token, mean gate width in units of the full rank."""
+
+    step: int
+    cross_entropy: float
+    width: float
+    seconds: float
+
+
+def attach(model: nn.Module, modules: Mapping[str, Truncated]) -> None:
+    """Put every truncated module in the place of the linear of its name."""
+    for name, module in modules.items():
+        replace(model, name, module)
+
+
+def train(
+    model: nn.Module,
+    modules: Mapping[str, Truncated],
+    costs: Mapping[str, float],
+    initial: Mapping[str, float],
+    windows: Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    width: float,
+    beta: float,
+    seed: int,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> dict[str, float]:
+    """Fractions θ of the full ranks that minimise the cross-entropy on ``windows`` at the cost of ``initial``.
+
+    Adam on θ with a cosine learning rate; the gate's width goes geometrically from ``width`` of the full rank to 1/β
+    components. After every step θ is projected onto Σ cost·θ = Σ cost·initial inside [1/k, 1].
+
+    Args:
+        modules: linear name -> the module attached to ``model``; those that are ``open`` are not trained.
+        costs: linear name -> bytes of its full rank in factored form.
+        windows: (windows, seq) int64; each step takes ``batch_size`` of them in a seeded order.
+
+    Raises:
+        NumericalError: the loss is not finite, naming the step.
+    """
+    trained = [name for name, module in modules.items() if not module.open]
+    if not trained:
+        return {}
+    for name in trained:
+        modules[name].fraction.data.fill_(initial[name])
+    parameters = [modules[name].fraction for name in trained]
+    cost = torch.tensor([float(costs[name]) for name in trained], dtype=torch.float64)
+    floor = torch.tensor([1 / modules[name].full_rank for name in trained], dtype=torch.float64)
+    budget = float(cost @ torch.tensor([initial[name] for name in trained], dtype=torch.float64))
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = _order(len(windows), steps * batch_size, seed)
+    for step in range(steps):
+        started = time.perf_counter()
+        for name in trained:
+            full = modules[name].full_rank
+            widest = max(width * full, 1 / beta)
+            modules[name].beta = 1 / (widest * (1 / beta / widest) ** (step / max(steps - 1, 1)))
+        batch = windows[order[step * batch_size : (step + 1) * batch_size]]
+        loss = next_token_loss(model, batch)
+        if not torch.isfinite(loss):
+            raise NumericalError(f"train_ranks step {step}: the loss is {loss.item()}; lower train_ranks.learning_rate")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        theta = torch.stack([parameter.detach().double().cpu() for parameter in parameters])
+        for parameter, value in zip(parameters, onto_budget(theta, cost, budget, floor), strict=True):
+            parameter.data.fill_(float(value))
+        mean_width = sum(1 / (modules[name].beta * modules[name].full_rank) for name in trained) / len(trained)
+        on_step(Step(step, loss.item(), mean_width, time.perf_counter() - started))
+    return {name: float(modules[name].fraction) for name in trained}
+
+
+def onto_budget(theta: Tensor, cost: Tensor, budget: float, floor: Tensor) -> Tensor:
+    """argmin ‖θ' − θ‖ subject to costᵀθ' = budget and floor ≤ θ' ≤ 1, by bisection on the multiplier λ.
+
+    θ'(λ) = clamp(θ − λ·cost, floor, 1), whose cost falls monotonically in λ.
+
+    Args:
+        theta, cost, floor: (n,) float64; ``budget`` in the unit of ``cost``.
+    """
+    budget = min(max(budget, float(cost @ floor)), float(cost.sum()))
+    reach = float(((theta.abs() + 1) / cost).max()) * 2
+    low, high = -reach, reach
+    for _ in range(200):
+        middle = (low + high) / 2
+        if float(cost @ torch.clamp(theta - middle * cost, floor, torch.ones_like(floor))) > budget:
+            low = middle
+        else:
+            high = middle
+    return torch.clamp(theta - high * cost, floor, torch.ones_like(floor))
+
+
+def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
+    """Mean next-token cross-entropy in nats over windows (batch, seq) int64, float32."""
+    device = next(model.parameters()).device
+    logits = model(input_ids=windows.to(device), use_cache=False).logits[:, :-1].float()
+    return cross_entropy(logits.flatten(0, 1), windows[:, 1:].to(device).flatten())
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module, modules: Mapping[str, GatedLinear], ranks: Mapping[str, int], windows: Tensor
+) -> float:
+    """Mean cross-entropy in nats per token of the model cut to ``ranks``, one window at a time, summed in float64."""
+    for name, module in modules.items():
+        module.rank = ranks[name]
+    try:
+        losses = [float(next_token_loss(model, window[None])) for window in windows]
+    finally:
+        for module in modules.values():
+            module.rank = None
+    mean = math.fsum(losses) / len(losses)
+    if not math.isfinite(mean):
+        bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
+        raise NumericalError(f"validation window {bad}: the loss is {losses[bad]}; the candidate ranks are unusable")
+    return mean
+
+
+def _order(n_windows: int, n_draws: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rounds: Iterable[Tensor] = (torch.randperm(n_windows, generator=generator) for _ in range(-(-n_draws // n_windows)))
+    return torch.cat(list(rounds))[:n_draws]

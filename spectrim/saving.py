@@ -1,0 +1,179 @@
+"""Factors and a dense model's folder -> a Spectrim checkpoint; the format is specified in checkpoint.py."""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
+from safetensors import safe_open
+from torch import Tensor
+
+from spectrim.checkpoint import (
+    CODES,
+    METHOD,
+    VERSION,
+    Entry,
+    Matrix,
+    SpectrimConfig,
+    check_matrix,
+    headers,
+    read_bytes,
+    weight_files,
+)
+from spectrim.errors import CheckpointError
+from spectrim.lowrank_linear import stored_tensors
+from spectrim.maths.budget import Format, dense_bytes
+from spectrim.maths.lowrank import Factors
+from spectrim.maths.quantization import balance, quantize_directions
+
+
+def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+    """The tensors that store left @ right in ``format``: suffix -> tensor, as ``stored_tensors`` lays them out.
+
+    The norm of each direction is shared equally by both factors first, which changes no product.
+
+    Args:
+        factors: left (out, rank), right (rank, in), floating point.
+        format: ``float16`` | ``remap`` | ``int8``.
+        dtype: 16-bit dtype of what is not int8.
+
+    Raises:
+        CheckpointError: a value does not fit ``dtype``.
+        NumericalError: a value is not finite.
+    """
+    left, right = balance(factors)
+    sides = {"left": left, "weight": right.mT}
+    packed: dict[str, Tensor] = {}
+    for suffix, stored in stored_tensors(format, left.shape[0], right.shape[1], left.shape[1]).items():
+        if suffix.endswith("_scale"):
+            continue  # written with its side
+        side = sides[suffix.removesuffix("_tail")]
+        rows = side[-stored.shape[0] :] if suffix.endswith("_tail") else side[: stored.shape[0]]
+        if stored.dtype == torch.int8:
+            packed[suffix], packed[f"{suffix}_scale"] = quantize_directions(rows, dim=1)
+        else:
+            packed[suffix] = _narrow(rows, dtype)
+    return {suffix: tensor.contiguous() for suffix, tensor in packed.items()}
+
+
+def half_dtype(folder: Path) -> torch.dtype:
+    """The 16-bit dtype in which a dense model's matrices are stored: its own, or float16 where it has none."""
+    dtypes = {entry.dtype for entry in headers(weight_files(folder)).values()}
+    return torch.bfloat16 if "BF16" in dtypes else torch.float16
+
+
+def assemble(
+    source: Path,
+    destination: Path,
+    packed: Mapping[str, Mapping[str, Tensor]],
+    matrices: Mapping[str, Matrix],
+    *,
+    ratio_target: float,
+    provenance: Mapping[str, Any],
+    max_shard_size: str = "2GB",
+    skip: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Write the checkpoint of the dense model in ``source`` with ``matrices`` replaced into the folder ``destination``.
+
+    Equal arguments give equal bytes.
+
+    Args:
+        source: Hugging Face folder of the dense model; its files are copied, its other tensors bit for bit.
+        destination: an empty or new folder.
+        packed: linear name -> suffix -> tensor, see ``pack``, of every matrix that is not dense.
+        matrices: every compressible linear, dense ones included.
+        ratio_target: the ratio that was asked for; it is recorded only.
+        provenance: JSON-able facts about sources, parameters and code, recorded in spectrim.json.
+        max_shard_size: such as ``2GB``.
+        skip: names of files in ``source`` that are not part of the model.
+
+    Returns:
+        what ``read_bytes`` measures on the written files.
+
+    Raises:
+        CheckpointError: a matrix is not in ``source``, its tensors are not those of its format, or the size is no size.
+    """
+    half = half_dtype(source)
+    tensors, table, n_dense = _replaced(source, packed, matrices, half)
+    ratio = sum(row["bytes"] for row in table.values()) / n_dense
+    destination.mkdir(parents=True, exist_ok=True)
+    _save(tensors, destination, max_shard_size)
+    _copy_rest(source, destination, {*skip, "config.json", "spectrim.json"})
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = SpectrimConfig(
+        quant_method=METHOD,
+        version=VERSION,
+        ratio=ratio,
+        stored_dtype=str(half).removeprefix("torch."),
+        matrices={name: matrix._asdict() for name, matrix in matrices.items()},
+    ).to_dict()
+    _write_json(destination / "config.json", config)
+    measured = read_bytes(destination)
+    facts = {"provenance": provenance, "ratio": {"target": ratio_target, "file": ratio}, "bytes": measured}
+    _write_json(destination / "spectrim.json", {**facts, "matrices": table})
+    return measured
+
+
+def _replaced(
+    source: Path, packed: Mapping[str, Mapping[str, Tensor]], matrices: Mapping[str, Matrix], half: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], int]:
+    """All tensors of the checkpoint, a row with format, rank and bytes per matrix, and the matrices' 16-bit bytes."""
+    tensors = {name: _read(entry, name) for name, entry in headers(weight_files(source)).items()}
+    table: dict[str, dict[str, Any]] = {}
+    n_dense = 0
+    for name, matrix in matrices.items():
+        if f"{name}.weight" not in tensors:
+            raise CheckpointError(f"{name}: {source} has no tensor {name}.weight; rebuild the prepared model")
+        weight = tensors.pop(f"{name}.weight")
+        parts = {"weight": _narrow(weight, half)} if matrix.format == "dense" else dict(packed.get(name, {}))
+        shape = check_matrix(name, matrix, {suffix: _describe(part) for suffix, part in parts.items()})
+        if shape != weight.shape:
+            raise CheckpointError(f"{name}: factors of a {shape} weight, the dense weight is {tuple(weight.shape)}")
+        tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in parts.items()})
+        table[name] = {**matrix._asdict(), "bytes": sum(part.nbytes for part in parts.values())}
+        n_dense += dense_bytes(*weight.shape)
+    return tensors, table, n_dense
+
+
+def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    narrow = tensor.to(dtype)
+    if not narrow.isfinite().all():
+        raise CheckpointError(
+            f"a weight of {tensor.abs().max():.3g} does not fit {dtype}, whose largest number is "
+            f"{torch.finfo(dtype).max:.3g}; set prepare.stored_dtype to bfloat16"
+        )
+    return narrow
+
+
+def _describe(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    codes = {dtype: code for code, dtype in CODES.items()}
+    return codes.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+
+
+def _read(entry: Entry, name: str) -> Tensor:
+    with safe_open(entry.file, framework="pt") as opened:
+        return opened.get_tensor(name)
+
+
+def _save(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: str) -> None:
+    state = dict(sorted(tensors.items()))
+    try:
+        split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise CheckpointError(f"max_shard_size {max_shard_size!r}: {error}; give a number and KB, MB or GB") from error
+    save_torch_state_dict(state, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+
+
+def _copy_rest(source: Path, destination: Path, skip: set[str]) -> None:
+    for item in sorted(source.iterdir()):
+        if item.name in skip or item.name.endswith((".safetensors", ".safetensors.index.json")):
+            continue
+        copy = shutil.copytree if item.is_dir() else shutil.copyfile
+        copy(item, destination / item.name)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,76 @@
+"""Checkpoints of the tiny models in every format, made without the pipeline."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from spectrim.checkpoint import Matrix
+from spectrim.maths.budget import Format, resolve_format
+from spectrim.maths.lowrank import Factors
+from spectrim.modules import compressible_linears
+from spectrim.saving import assemble, pack
+from tests import tiny
+
+FORMATS: tuple[Format, ...] = ("float16", "remap", "int8")
+CASES = [(family, format) for family in tiny.FAMILIES for format in FORMATS]
+RANK = 8
+UP = "model.layers.0.mlp.up_proj"
+TOKENS = torch.arange(2, 42).reshape(2, 20)
+Packed = dict[str, dict[str, Tensor]]
+Folders = dict[tuple[str, str], Path]
+
+
+def prepare(family: str, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
+    """A dense folder as the pipeline prepares it: weights in ``dtype``, float32 in config.json."""
+    tiny.model(family).to(dtype).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    return folder
+
+
+def truncated(weight: Tensor, rank: int) -> Factors:
+    left, sigma, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    return Factors((left[:, :rank] * sigma[:rank]).float(), right[:rank].float())
+
+
+def chosen(dense: Path, format: Format, dtype: torch.dtype) -> tuple[dict[str, Matrix], Packed]:
+    """Every linear in ``format`` at one rank, the last one dense."""
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    matrices, packed = {}, {}
+    for name, linear in compressible_linears(model).items():
+        out_features, in_features = linear.weight.shape
+        stored = resolve_format(format, out_features, in_features, RANK)
+        assert stored == format
+        matrices[name] = Matrix(stored, RANK)
+        packed[name] = pack(truncated(linear.weight.detach(), RANK), stored, dtype)
+    matrices[name] = Matrix("dense", min(linear.weight.shape))
+    del packed[name]
+    return matrices, packed
+
+
+def build(
+    dense: Path, destination: Path, format: Format, dtype: torch.dtype = torch.float16, shard: str = "2GB"
+) -> dict[str, Any]:
+    matrices, packed = chosen(dense, format, dtype)
+    return assemble(
+        dense, destination, packed, matrices, ratio_target=0.5, provenance={"made": "here"}, max_shard_size=shard
+    )
+
+
+def build_all(root: Path) -> Folders:
+    """(family, format or "prepared") -> folder, for every family and format."""
+    made = {(family, "prepared"): prepare(family, root / f"{family}-prepared") for family in tiny.FAMILIES}
+    for family, format in CASES:
+        made[family, format] = root / f"{family}-{format}"
+        build(made[family, "prepared"], made[family, format], format)
+    return made
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.inference_mode():
+        return model(input_ids=TOKENS).logits

@@ -1,0 +1,116 @@
+"""Training keeps the byte budget at every step, lowers the loss, and its gates are the truncation they stand for."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spectrim import rank_training
+from spectrim.errors import NumericalError
+from spectrim.maths.lowrank import Factors
+from spectrim.modules import compressible_linears
+from spectrim.rank_training import GatedLinear, TruncatedActivation, attach, onto_budget, train
+from tests import tiny
+
+WINDOWS = torch.randint(2, 200, (6, 16), generator=torch.Generator().manual_seed(1))
+SETTINGS = {"steps": 8, "batch_size": 2, "learning_rate": 0.05, "width": 0.1, "beta": 10.0, "seed": 0}
+
+
+def svd_gates(model: torch.nn.Module) -> dict[str, GatedLinear]:
+    modules = {}
+    for name, linear in compressible_linears(model).items():
+        u, s, v = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
+        modules[name] = GatedLinear(Factors(u * s, v), linear.bias)
+    return modules
+
+
+@given(
+    st.lists(st.tuples(st.floats(-1, 2), st.floats(1, 1000), st.floats(0.01, 0.2)), min_size=1, max_size=20),
+    st.floats(0, 1),
+)
+def test_projection_meets_the_budget_and_is_nearest(rows: list[tuple[float, float, float]], share: float) -> None:
+    theta, cost, floor = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+    budget = float(cost @ floor) + share * float(cost.sum() - cost @ floor)
+    found = onto_budget(theta, cost, budget, floor)
+    assert float(cost @ found) == pytest.approx(budget, rel=1e-9)
+    assert bool((found >= floor).all() and (found <= 1).all())
+    # nearest: moving cost-neutrally between two free coordinates never helps, so theta - found is a multiple of cost
+    free = (found > floor + 1e-9) & (found < 1 - 1e-9)
+    multiples = ((theta - found) / cost)[free]
+    if len(multiples) > 1:
+        assert float(multiples.max() - multiples.min()) < 1e-6
+
+
+def test_hard_rank_is_the_limit_of_the_gate() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(12, 20), torch.randn(3, 20)
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    gated = GatedLinear(Factors(u * s, v), torch.randn(12))
+    gated.rank = 5
+    hard = gated(x)
+    torch.testing.assert_close(hard, x @ ((u * s)[:, :5] @ v[:5]).T + gated.bias)
+    gated.rank, gated.beta = None, 200.0
+    gated.fraction.data.fill_(5.5 / 12)
+    torch.testing.assert_close(gated(x), hard, rtol=1e-4, atol=1e-4)
+    gated.open = True
+    torch.testing.assert_close(gated(x), x @ weight.T + gated.bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["gates", "dobi"])
+def test_training_keeps_the_budget_and_lowers_the_loss(method: str) -> None:
+    model = tiny.model("llama").eval().requires_grad_(False)
+    linears = compressible_linears(model)
+    if method == "gates":
+        modules = svd_gates(model)
+    else:
+        modules = {name: TruncatedActivation(linear, 10, 1e-2) for name, linear in linears.items()}
+    attach(model, modules)
+    costs = {name: float(sum(linear.weight.shape) * min(linear.weight.shape)) for name, linear in linears.items()}
+    losses: list[float] = []
+    start = dict.fromkeys(modules, 0.4)
+    windows = WINDOWS[:2]  # the same batch every step, so that the curve falls if the gradient points downhill
+    settings = SETTINGS | {"steps": 12, "beta": 1 / (0.1 * 32)}
+    learned = train(model, modules, costs, start, windows, on_step=lambda s: losses.append(s.cross_entropy), **settings)
+    assert sum(costs[n] * learned[n] for n in costs) == pytest.approx(0.4 * sum(costs.values()), rel=1e-5)
+    assert len(set(learned.values())) > 1
+    assert losses[-1] < losses[0]
+
+
+def test_open_modules_are_not_trained() -> None:
+    model = tiny.model("llama").eval().requires_grad_(False)
+    modules = svd_gates(model)
+    first = next(iter(modules))
+    modules[first].open = True
+    attach(model, modules)
+    learned = train(model, modules, dict.fromkeys(modules, 1.0), dict.fromkeys(modules, 0.5), WINDOWS, **SETTINGS)
+    assert first not in learned and len(learned) == len(modules) - 1
+
+
+def test_same_seed_same_fractions() -> None:
+    def once() -> dict[str, float]:
+        model = tiny.model("llama").eval().requires_grad_(False)
+        modules = svd_gates(model)
+        attach(model, modules)
+        return train(model, modules, dict.fromkeys(modules, 1.0), dict.fromkeys(modules, 0.5), WINDOWS, **SETTINGS)
+
+    assert once() == once()
+
+
+def test_non_finite_loss_names_the_step() -> None:
+    model = tiny.model("llama").eval().requires_grad_(False)
+    modules = svd_gates(model)
+    next(iter(modules.values())).get_buffer("left").fill_(torch.nan)
+    attach(model, modules)
+    with pytest.raises(NumericalError, match="step 0"):
+        train(model, modules, dict.fromkeys(modules, 1.0), dict.fromkeys(modules, 0.5), WINDOWS, **SETTINGS)
+
+
+def test_validation_loss_prefers_more_rank() -> None:
+    model = tiny.model("llama").eval().requires_grad_(False)
+    with torch.no_grad():
+        exact = float(rank_training.next_token_loss(model, WINDOWS))
+    modules = svd_gates(model)
+    attach(model, modules)
+    full = rank_training.validation_loss(model, modules, {n: m.full_rank for n, m in modules.items()}, WINDOWS)
+    assert full == pytest.approx(exact, rel=1e-4)
+    assert all(module.rank is None for module in modules.values())
