@@ -1,0 +1,155 @@
+"""The candidates of `train_ranks`: what each method proposes, trained and measured on one copy of the model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.console import bar, progress
+from pipeline.measure import load_model
+from pipeline.params import Compression, TrainRanks
+from spectrim.capture import gram_of
+from spectrim.maths import allocation, budget
+from spectrim.maths.lowrank import Factors, closed_form, truncate
+from spectrim.modules import linears_by_block
+from spectrim.rank_training import (
+    GatedLinear,
+    Step,
+    Truncated,
+    TruncatedActivation,
+    attach,
+    train,
+    validation_loss,
+)
+
+Ranks = dict[str, int]
+
+
+class RankSearch:
+    """Proposes ranks for every compressible linear of a prepared model under one byte budget."""
+
+    def __init__(
+        self, prepared: Path, captured: Path, shared: Compression, settings: TrainRanks, device: torch.device
+    ) -> None:
+        self.captured, self.shared, self.settings, self.device = captured, shared, settings, device
+        self.model = load_model(prepared, device).requires_grad_(False)
+        self.blocks = linears_by_block(self.model, shared.exclude)
+        self.linears = {name: module for block in self.blocks.values() for name, module in block.items()}
+        self.shapes = [(module.out_features, module.in_features) for module in self.linears.values()]
+        self.budget_bytes = budget.budget_bytes(self.shapes, shared.ratio)
+
+    def uniform(self) -> Ranks:
+        """The same share of bytes for every matrix."""
+        found = allocation.uniform(self.shapes, self.shared.ratio, self.shared.format, self.shared.align)
+        return dict(zip(self.linears, found, strict=True))
+
+    def allocated(self) -> Ranks:
+        """Water-filling of the predicted loss, dense being a choice."""
+        spectra = load_file(self.captured / "spectra.safetensors")
+        energies = [spectra[f"two_sided.{name}"] ** 2 for name in self.linears]
+        found = allocation.fisher(energies, self.shapes, self.budget_bytes, self.shared.format, self.shared.align)
+        return dict(zip(self.linears, found, strict=True))
+
+    def train(self, windows: Tensor, candidates: Mapping[str, Ranks], curve: list[Step]) -> Ranks:
+        """Ranks trained from the allocation (gates) or from uniform ranks (dobi), projected onto the budget.
+
+        Matrices that the starting point keeps dense stay dense: a gate cannot see what being dense is worth.
+        """
+        settings = self.settings
+        start = candidates["allocated" if settings.method == "gates" else "uniform"]
+        modules = self._gated() if settings.method == "gates" else self._truncated()
+        for name, module in modules.items():
+            module.open = self._format(name, start[name]) == "dense"
+        attach(self.model, modules)
+        costs = {
+            name: budget.matrix_bytes(self.shared.format, *self._shape(name), m.full_rank)
+            for name, m in modules.items()
+        }
+        with bar("train_ranks", settings.steps, unit="step") as progress_bar:
+
+            def on_step(step: Step) -> None:
+                curve.append(step)
+                progress_bar.set_postfix(loss=f"{step.cross_entropy:.3f}")
+                progress_bar.update()
+
+            fractions = train(
+                self.model,
+                modules,
+                costs,
+                {name: start[name] / module.full_rank for name, module in modules.items()},
+                windows,
+                steps=settings.steps,
+                batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                width=settings.width,
+                beta=settings.beta,
+                seed=self.shared.seed,
+                on_step=on_step,
+            )
+        wanted = [fractions.get(name, 1.0) * min(self._shape(name)) for name in self.linears]
+        found = allocation.project(wanted, self.shapes, self.budget_bytes, self.shared.format, self.shared.align)
+        return dict(zip(self.linears, found, strict=True))
+
+    def validate(self, candidates: Mapping[str, Ranks], windows: Tensor) -> dict[str, float]:
+        """Cross-entropy in nats per token of every candidate on the validation windows."""
+        modules = self._gated()
+        attach(self.model, modules)
+        return {
+            name: validation_loss(self.model, modules, ranks, windows)
+            for name, ranks in progress(candidates.items(), "train_ranks: validation", len(candidates))
+        }
+
+    def describe(self, ranks: Ranks) -> dict[str, Any]:
+        """ranks.json without its `chosen` and `validation_loss`."""
+        matrices = {}
+        total = 0
+        for name, rank in ranks.items():
+            out_features, in_features = self._shape(name)
+            total += budget.stored_bytes(self.shared.format, out_features, in_features, rank)
+            matrices[name] = {
+                "rank": rank,
+                "format": self._format(name, rank),
+                "out_features": out_features,
+                "in_features": in_features,
+            }
+        return {
+            "version": 1,
+            "method": self.settings.method,
+            "ratio": self.shared.ratio,
+            "format": self.shared.format,
+            "align": self.shared.align,
+            "budget_bytes": self.budget_bytes,
+            "bytes": total,
+            "matrices": matrices,
+        }
+
+    def _gated(self) -> dict[str, GatedLinear]:
+        """Every linear with its full-rank whitened factors in the model's dtype."""
+        modules = {}
+        for index, block in enumerate(self.blocks.values()):
+            factors = load_file(self.captured / "factors" / f"{index:03}.safetensors")
+            for name, module in block.items():
+                if self.settings.whitening == "two_sided":
+                    pair = Factors(factors[f"left.{name}"], factors[f"right.{name}"])
+                else:
+                    full = closed_form(module.weight.double(), gram_of(self.captured, index, name).to(self.device))
+                    pair = truncate(full, min(module.weight.shape))
+                dtype, device = module.weight.dtype, self.device
+                modules[name] = GatedLinear(Factors(*(part.to(device, dtype) for part in pair)), module.bias)
+        return modules
+
+    def _truncated(self) -> dict[str, Truncated]:
+        settings = self.settings
+        return {
+            name: TruncatedActivation(module, settings.taylor_terms, settings.taylor_threshold)
+            for name, module in self.linears.items()
+        }
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        return self.linears[name].out_features, self.linears[name].in_features
+
+    def _format(self, name: str, rank: int) -> str:
+        return budget.resolve_format(self.shared.format, *self._shape(name), rank)

@@ -1,0 +1,45 @@
+"""One block of `remap`: from ranks and factors to the tensors of the storage format."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spectrim.checkpoint import Matrix
+from spectrim.maths.budget import Format, resolve_format
+from spectrim.maths.lowrank import Factors
+from spectrim.saving import pack
+
+PACKED = "packed.safetensors"
+
+
+def choose(entry: Mapping[str, object], format: Format) -> Matrix:
+    """``format`` at the rank that was chosen, or dense where the factors would cost more."""
+    rank, out_features, in_features = (int(str(entry[name])) for name in ("rank", "out_features", "in_features"))
+    if entry["format"] == "dense" or resolve_format(format, out_features, in_features, rank) == "dense":
+        return Matrix("dense", min(out_features, in_features))
+    return Matrix(format, rank)
+
+
+def pack_block(file: Path, matrices: Mapping[str, Matrix], half: torch.dtype, folder: Path) -> None:
+    """Write the packed tensors of the block whose factors are in ``file``."""
+    stored, packed = load_file(file), {}
+    for name in sorted({tensor_name.rpartition(".")[0] for tensor_name in stored}):
+        if matrices[name].format != "dense":
+            factors = Factors(stored[f"{name}.left"], stored[f"{name}.right"])
+            tensors = pack(factors, matrices[name].format, half)
+            packed.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+    save_file(packed, folder / PACKED)
+
+
+def load_packed(folders: Iterable[Path]) -> dict[str, dict[str, Tensor]]:
+    """linear name -> suffix -> tensor of every block that ``pack_block`` wrote."""
+    packed: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for folder in folders:
+        for tensor_name, tensor in load_file(folder / PACKED).items():
+            name, _, suffix = tensor_name.rpartition(".")
+            packed[name][suffix] = tensor
+    return dict(packed)

@@ -1,0 +1,74 @@
+"""Second moments of every linear's inputs and output gradients, and the whitened factors made from them.
+
+reads   artifacts/prepare (weights), artifacts/calibrate/calibration.parquet
+writes  artifacts/capture: inputs/, gradients/, factors/ with one file per block, and spectra.safetensors
+params  capture, compression.exclude
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline import chain, walk
+from pipeline.artifacts import artifact, fresh_folder, read_json
+from pipeline.console import run
+from pipeline.devices import resolve
+from pipeline.layers import LayerTask, run_layers
+from pipeline.params import load
+from pipeline.store import LayerStore, code_digest, key, link_or_copy
+from pipeline.texts import load_windows
+from spectrim import blocks, capture, modules
+from spectrim.maths import lowrank, whitening
+
+Compute = Callable[[int, Path], None]
+
+
+def main() -> None:
+    """Capture input Grams, output-gradient Grams and whitened factors, block by block."""
+    params, store = load(), LayerStore()
+    settings, exclude = params.capture, params.compression.exclude
+    windows = load_windows(artifact("calibrate") / "calibration.parquet")
+    model = blocks.BlockModel(artifact("prepare"), resolve(params.runtime.device), tuple(exclude))
+    identity = [
+        code_digest(chain, walk, blocks, capture, modules, lowrank, whitening),
+        read_json(artifact("prepare") / "prepare.json")["model_sha256"],
+        read_json(artifact("calibrate") / "calibrate.json")["calibration"]["tokens_sha256"],
+        [exclude, settings.gradient_windows, settings.gradient_seq_len, settings.batch_size, str(model.device)],
+    ]
+    shape = (settings.gradient_windows, settings.gradient_seq_len, settings.batch_size)
+    walker = walk.Walk(model, windows, *shape, store, key("capture", "walk", *identity))
+    damping = (settings.damping, settings.max_damping)
+
+    def phase(name: str, compute: Compute, order: range, *extra: float, ordered: bool) -> list[Path]:
+        """One file per block: what ``compute(index, folder)`` writes, block by block in ``order``."""
+        tasks = [
+            LayerTask(model.names[i], key(f"capture.{name}", model.names[i], *identity, *extra), partial(compute, i))
+            for i in order
+        ]
+        entries = run_layers(f"capture: {name}", tasks, params.runtime, store, ordered=ordered)
+        return [entries[block] / f"{i:03}.safetensors" for i, block in enumerate(model.names)]
+
+    forward = range(len(model.names))
+    inputs = phase("inputs", walker.inputs, forward, ordered=True)
+    gradients = phase("gradients", walker.gradients, forward[::-1], ordered=True)
+
+    def decompose(i: int, folder: Path) -> None:
+        walker.factors(i, inputs[i], gradients[i], *damping, folder)
+
+    factors = phase("factors", decompose, forward, *damping, ordered=False)
+    with fresh_folder(artifact("capture")) as out:
+        spectra: dict[str, Tensor] = {}
+        for i in forward:
+            for name, files in (("inputs", inputs), ("gradients", gradients), ("factors", factors)):
+                link_or_copy(files[i].parent, out / name)
+            tensors = load_file(factors[i])
+            spectra |= {name: tensors[name] for name in tensors if name.startswith(("two_sided.", "input."))}
+        save_file(spectra, out / "spectra.safetensors", metadata={"n_tokens": str(windows.numel())})
+    walker.clear()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,55 @@
+"""The compressed checkpoint: factors in their storage format, everything else as in the dense model.
+
+reads   artifacts/prepare, artifacts/train_ranks/ranks.json, artifacts/update_weights
+writes  artifacts/remap: a Hugging Face folder, see spectrim/checkpoint.py
+params  remap
+"""
+
+from functools import partial
+
+from pipeline import packing
+from pipeline.artifacts import artifact, fresh_folder, provenance, read_json, sha256_file
+from pipeline.console import run
+from pipeline.layers import LayerTask, run_layers
+from pipeline.params import load
+from pipeline.store import LayerStore, code_digest, key
+from spectrim import modules, saving
+from spectrim.maths import budget, quantization
+
+
+def main() -> None:
+    """Pack the factors of every block and write the checkpoint."""
+    params, dense = load(), artifact("prepare")
+    ranks_file, half = artifact("train_ranks", "ranks.json"), saving.half_dtype(dense)
+    ranks = read_json(ranks_file)
+    format = ranks["format"] if params.remap.format == "same" else params.remap.format
+    matrices = {name: packing.choose(entry, format) for name, entry in ranks["matrices"].items()}
+    listed = {name: list(matrix) for name, matrix in matrices.items()}
+    files = sorted(artifact("update_weights").glob("*.safetensors"))
+    factors = {file.stem: sha256_file(file) for file in files}
+    code = code_digest(packing, saving, modules, budget, quantization)
+    tasks = [
+        LayerTask(
+            f"block {file.stem}",
+            key("remap", file.stem, code, factors[file.stem], listed, str(half)),
+            partial(packing.pack_block, file, matrices, half),
+        )
+        for file in files
+    ]
+    entries = run_layers("remap", tasks, params.runtime, LayerStore())
+    facts = {
+        "model": read_json(dense / "prepare.json"),
+        "inputs_sha256": {"ranks.json": sha256_file(ranks_file), "factors": factors},
+        "ranks": {name: value for name, value in ranks.items() if name != "matrices"},
+        "versions": provenance()["versions"],  # not the commit: equal inputs are to give equal bytes
+    }
+    with fresh_folder(artifact("remap")) as out:
+        packed = packing.load_packed(entries.values())
+        saving.assemble(
+            dense, out, packed, matrices, ratio_target=ranks["ratio"], provenance=facts,
+            max_shard_size=params.remap.max_shard_size, skip=("prepare.json",),
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,55 @@
+"""A rank for every matrix under the byte budget: trained, allocated or uniform, the best on validation windows.
+
+reads   artifacts/prepare, artifacts/calibrate (calibration, validation), artifacts/capture
+writes  artifacts/train_ranks: ranks.json, curve.csv
+params  train_ranks, compression.{ratio,format,align,exclude,seed}
+"""
+
+import csv
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from pipeline.artifacts import artifact, fresh_folder, write_json
+from pipeline.candidates import RankSearch
+from pipeline.console import run
+from pipeline.devices import resolve
+from pipeline.params import load
+from pipeline.texts import load_windows
+from spectrim.rank_training import Step
+
+
+def main() -> None:
+    """Choose ranks under the byte budget."""
+    params = load()
+    settings = params.train_ranks
+    search = RankSearch(
+        artifact("prepare"), artifact("capture"), params.compression, settings, resolve(params.runtime.device)
+    )
+    candidates = {"uniform": search.uniform()}
+    curve: list[Step] = []
+    losses: dict[str, float] = {}
+    chosen: str = settings.method
+    if settings.method != "uniform":
+        candidates["allocated"] = search.allocated()
+    if settings.method in ("gates", "dobi"):
+        windows = load_windows(artifact("calibrate") / "calibration.parquet")[:, : settings.seq_len]
+        candidates[settings.method] = search.train(windows, candidates, curve)
+        losses = search.validate(candidates, load_windows(artifact("calibrate") / "validation.parquet"))
+        chosen = min(losses, key=lambda name: losses[name])
+    with fresh_folder(artifact("train_ranks")) as out:
+        write_json(
+            out / "ranks.json", search.describe(candidates[chosen]) | {"chosen": chosen, "validation_loss": losses}
+        )
+        write_curve(out / "curve.csv", curve)
+
+
+def write_curve(path: Path, curve: list[Step]) -> None:
+    """One line per training step; the header alone when nothing was trained."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Step)])
+        writer.writeheader()
+        writer.writerows(asdict(step) for step in curve)
+
+
+if __name__ == "__main__":
+    run(main)

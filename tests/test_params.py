@@ -1,0 +1,187 @@
+"""params.yaml is checked as a whole: every problem at once, each naming file, section and key."""
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import params as parameters
+from spectrim.errors import ConfigError
+from tests.tiny import REPOSITORY
+
+Problems = Callable[..., list[str]]
+
+# section.key -> values that must be refused
+REFUSED: dict[str, list[Any]] = {
+    "model.source": [None, 3],
+    "model.sha256": ["abc", "G" * 64, 7],
+    "compression.ratio": [0, -0.1, 1.5, "0.8", None, float("nan")],
+    "compression.format": ["int4", "float32", None],
+    "compression.align": [0, 1.5, "8"],
+    "compression.exclude": ["*.down_proj", [1]],
+    "compression.seed": [-1, 0.5, True],
+    "runtime.engine": ["celery"],
+    "runtime.workers": [0, -2, 1.5],
+    "runtime.retries": [-1],
+    "runtime.device": ["gpu", "cuda:7"],
+    "prepare.stored_dtype": ["int8"],
+    "prepare.load_dtype": ["float64"],
+    "calibrate.seq_len": [0, 1, "1024"],
+    "calibrate.calibration_windows": [0],
+    "calibrate.validation_windows": [0],
+    "calibrate.test_windows": [0],
+    "capture.gradient_windows": [0, 10**6],
+    "capture.gradient_seq_len": [1, 10**6],
+    "capture.batch_size": [0],
+    "capture.damping": [0, -1e-6, 0.5, "1e-6"],
+    "capture.max_damping": [1e-9, 2.0],
+    "train_ranks.method": ["svd", ""],
+    "train_ranks.whitening": ["output"],
+    "train_ranks.steps": [0],
+    "train_ranks.seq_len": [1, 10**6],
+    "train_ranks.batch_size": [0],
+    "train_ranks.learning_rate": [0, -0.1, float("nan")],
+    "train_ranks.width": [0, -0.1],
+    "train_ranks.beta": [0, -10],
+    "train_ranks.taylor_terms": [0],
+    "train_ranks.taylor_threshold": [0, 1, 1.5],
+    "update_weights.method": ["svd"],
+    "update_weights.ipca": ["batch"],
+    "update_weights.ipca_windows": [0, 10**6],
+    "remap.format": ["float32"],
+    "remap.max_shard_size": [5],
+    "baseline.quantization": [["int2"], "int8"],
+    "baseline.group_size": [0],
+    "evaluate.batch_size": [0],
+    "evaluate.tasks": [["piqa"], {"piqa": 1}],
+    "evaluate.task_limit": [0, -5],
+    "evaluate.prompt": ["", None],
+    "evaluate.new_tokens": [0],
+    "evaluate.speed_prefill_tokens": [0],
+    "evaluate.speed_decode_tokens": [0],
+    "evaluate.speed_repeats": [0],
+    "report.title": [1],
+}
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    return yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Problems:
+    """content -> the lines of the ConfigError that reading it raises."""
+
+    def read(content: Any) -> list[str]:
+        file = tmp_path / "params.yaml"
+        text = content if isinstance(content, str) else yaml.safe_dump(content)
+        file.write_text(text, encoding="utf-8")
+        parameters.load.cache_clear()
+        with pytest.raises(ConfigError) as caught:
+            parameters.load(file)
+        assert all(line.startswith(f"{file}: ") for line in caught.value.problems)
+        assert all(line in str(caught.value) for line in caught.value.problems)
+        return [line.removeprefix(f"{file}: ") for line in caught.value.problems]
+
+    return read
+
+
+def test_the_repository_file_is_valid() -> None:
+    assert parameters.load(REPOSITORY / "params.yaml").compression.ratio <= 1
+
+
+def test_the_table_of_refused_values_covers_every_key() -> None:
+    keys = {
+        f"{section}.{field.name}"
+        for section, kind in typing.get_type_hints(parameters.Params).items()
+        if dataclasses.is_dataclass(kind)
+        for field in dataclasses.fields(kind)
+    }
+    assert keys == set(REFUSED)
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in REFUSED.items() for value in values])
+def test_a_refused_value_is_named_by_section_and_key(
+    key: str, value: Any, content: dict[str, Any], problems: Problems
+) -> None:
+    section, name = key.split(".")
+    content[section][name] = value
+    found = problems(content)
+    # damping and max_damping are judged together, under the first name
+    names = {key, "capture.damping"} if name == "max_damping" else {key}
+    assert any(line.startswith(f"{each}:") or line.startswith(f"{each}.") for line in found for each in names), found
+
+
+@pytest.mark.parametrize(("section", "key"), [key.split(".") for key in REFUSED])
+def test_a_missing_key_is_named(section: str, key: str, content: dict[str, Any], problems: Problems) -> None:
+    del content[section][key]
+    assert any(line.startswith(f"{section}.{key}: missing") for line in problems(content))
+
+
+def test_every_problem_of_the_file_is_reported_at_once(content: dict[str, Any], problems: Problems) -> None:
+    content["compression"].update(ratio=1.2, align=0, rato=0.5)
+    content["train_ranks"]["steps"] = "many"
+    content["evaluate"]["speed_repeats"] = 0
+    content["captur"] = content.pop("capture")
+    found = "\n".join(problems(content))
+    for expected in (
+        "compression.rato: unknown key",
+        "train_ranks.steps: ",
+        "evaluate.speed_repeats: ",
+        "captur: unknown section",
+        "capture: missing",
+    ):
+        assert expected in found
+
+
+def test_out_of_range_values_of_one_section_are_reported_together(content: dict[str, Any], problems: Problems) -> None:
+    content["compression"].update(ratio=1.2, align=0, seed=-1)
+    assert [line.split(":")[0] for line in problems(content)] == [
+        "compression.ratio",
+        "compression.align",
+        "compression.seed",
+    ]
+
+
+def test_values_that_contradict_each_other_are_reported_together(content: dict[str, Any], problems: Problems) -> None:
+    content["calibrate"].update(seq_len=16, calibration_windows=2)
+    assert {line.split(":")[0] for line in problems(content)} == {
+        "capture.gradient_windows",
+        "capture.gradient_seq_len",
+        "train_ranks.seq_len",
+        "update_weights.ipca_windows",
+    }
+
+
+@pytest.mark.parametrize("splits", [{}, {"train": 0.5}, {"test": 0}, {"test": 1.5}, {"calibration": 0.7, "test": 0.7}])
+def test_bad_splits_name_the_text(splits: dict[str, float], content: dict[str, Any], problems: Problems) -> None:
+    content["data"]["wikipedia"]["splits"] = splits
+    assert any(line.startswith("data.wikipedia.splits") for line in problems(content))
+
+
+@pytest.mark.parametrize("split", parameters.SPLITS)
+def test_a_split_that_no_text_has_is_reported(split: str, content: dict[str, Any], problems: Problems) -> None:
+    del content["data"]["wikipedia"]["splits"][split]
+    assert problems(content) == [f"data: no text has a {split} split; give one a share of its documents"]
+
+
+@pytest.mark.parametrize("text", ["compression: [", "- a list", "", "\tx: 1"])
+def test_a_file_that_is_no_mapping_is_one_problem(text: str, problems: Problems) -> None:
+    assert len(problems(text)) == 1
+
+
+def test_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not found; run from the project's folder"):
+        parameters.load(tmp_path / "absent.yaml")
+
+
+def test_an_integer_is_taken_where_a_float_is_asked(content: dict[str, Any], tmp_path: Path) -> None:
+    content["compression"]["ratio"] = 1
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert parameters.load(file).compression.ratio == 1.0

@@ -1,0 +1,247 @@
+"""The whole graph on tiny models: every family, what reruns, what is restored, what a kill costs, what loads."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.conftest import ProjectFactory
+from tests.tiny import Project, process_environment
+
+AFTER_RATIO = {"train_ranks", "update_weights", "remap", "evaluate", "report"}
+AFTER_FORMAT = {"remap", "evaluate", "report"}
+
+# Loads a checkpoint as a user would; prints the perplexity of the test windows and a digest of the first logits.
+FRESH_PROCESS = """
+import hashlib, json, sys
+from pathlib import Path
+import pyarrow.parquet as parquet
+import torch, spectrim
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained("artifacts/remap").eval()
+tokenizer = AutoTokenizer.from_pretrained("artifacts/remap")
+(file,) = Path("artifacts/calibrate/test").glob("*.parquet")
+windows = torch.tensor(parquet.read_table(file)["input_ids"].to_pylist())
+total, count, digest = 0.0, 0, None
+with torch.no_grad():
+    for window in windows:
+        logits = model(window[None]).logits[0].float()
+        digest = digest or hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+        loss = torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="none")
+        total, count = total + loss.double().sum().item(), count + len(loss)
+    text = model.generate(windows[:1, :4], max_new_tokens=4, do_sample=False)
+types = sorted({type(m).__name__ for m in model.modules() if isinstance(m, spectrim.LowRankLinear)})
+print(json.dumps({
+    "perplexity": float(torch.tensor(total / count, dtype=torch.float64).exp()), "n_tokens": count,
+    "digest": digest, "generated": text.shape[1], "types": types, "vocabulary": len(tokenizer),
+}))
+"""
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """relative path -> bytes of every file under a folder."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def layers(project: Project) -> dict[str, int]:
+    """Finished entry -> when its manifest was written."""
+    root = project.folder / ".spectrim" / "layers"
+    return {file.parent.name: file.stat().st_mtime_ns for file in root.glob("[!.]*/manifest.json")}
+
+
+def forget(project: Project, stage: str) -> None:
+    """Remove a stage's output, every finished layer and DVC's memory of earlier runs."""
+    project.run("rm", "-rf", f"artifacts/{stage}", ".spectrim", ".dvc/cache/runs")
+
+
+def load_fresh(project: Project) -> dict[str, Any]:
+    return json.loads(project.run(sys.executable, "-c", FRESH_PROCESS).stdout.splitlines()[-1])
+
+
+def check_result(project: Project) -> None:
+    """The checkpoint keeps the budget by its own headers, loads in a fresh process, and is the evaluated model."""
+    metrics = read(project.folder / "reports" / "metrics.json")
+    config = read(project.folder / "artifacts" / "remap" / "config.json")["quantization_config"]
+    stored = 0
+    packed = load_file(project.folder / "artifacts" / "remap" / "model.safetensors")
+    prepared = load_file(project.folder / "artifacts" / "prepare" / "model.safetensors")
+    matrices = config["matrices"]
+    for name, tensor in packed.items():
+        linear, suffix = name.rsplit(".", 1)
+        if linear in matrices and suffix != "bias":
+            stored += tensor.nbytes
+        else:
+            assert torch.equal(tensor, prepared[name]), name
+    dense = sum(2 * prepared[f"{linear}.weight"].numel() for linear in matrices)
+    untouched = {name for name in prepared if name.rsplit(".", 1)[0] not in matrices or name.endswith(".bias")}
+    assert untouched <= set(packed)
+    assert stored / dense == pytest.approx(metrics["ratio"]["file"], rel=1e-9)
+    assert metrics["ratio"]["file"] <= metrics["ratio"]["target"]
+    fresh = load_fresh(project)
+    text = metrics["perplexity"]["corpus"]
+    assert fresh["perplexity"] == pytest.approx(text["compressed"], rel=1e-6)
+    assert fresh["n_tokens"] == text["n_tokens"]
+    assert fresh["types"] == ["LowRankLinear"] and fresh["generated"] == 8
+    assert fresh["vocabulary"] == tiny.VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("family", "choices"),
+    [
+        ("opt", {"compression__format": "remap", "update_weights__method": "ipca", "train_ranks__method": "dobi"}),
+        ("qwen2", {"remap__format": "int8", "update_weights__method": "closed_form", "train_ranks__method": "uniform"}),
+    ],
+)
+def test_every_family_goes_through_all_stages(
+    family: str, choices: dict[str, str], tiny_project: ProjectFactory
+) -> None:
+    project = tiny_project(family)
+    project.change(**choices)
+    for stage in tiny.STAGES:
+        project.stage(stage)
+    check_result(project)
+    assert (project.folder / "reports" / "report.md").read_text(encoding="utf-8").count("corpus")
+
+
+def test_the_graph_runs_under_dvc(finished_llama: Project) -> None:
+    check_result(finished_llama)
+    for command in ("metrics", "params", "plots"):
+        finished_llama.run("dvc", command, "diff" if command == "params" else "show")
+
+
+def test_loading_twice_gives_the_same_logits_bit_for_bit(finished_llama: Project) -> None:
+    assert load_fresh(finished_llama)["digest"] == load_fresh(finished_llama)["digest"]
+
+
+def test_without_the_import_loading_fails_loudly(finished_llama: Project) -> None:
+    code = 'from transformers import AutoModelForCausalLM as A; A.from_pretrained("artifacts/remap"); print("loaded")'
+    done = finished_llama.run(sys.executable, "-c", code, check=False)
+    assert done.returncode != 0 and "loaded" not in done.stdout
+    assert "size mismatch" in done.stderr or "mismatch" in done.stderr
+
+
+def test_only_what_changed_reruns(finished_llama: Project, tmp_path: Path) -> None:
+    project = finished_llama.copy(tmp_path / "llama")
+    first = contents(project.folder / "artifacts" / "remap")
+    assert project.repro() == set()
+
+    project.change(compression__ratio=0.6)
+    assert project.repro() == AFTER_RATIO
+    assert read(project.folder / "reports" / "metrics.json")["ratio"]["file"] <= 0.6
+    assert "0.6" in project.run("dvc", "params", "diff").stdout
+    assert "ratio.target" in project.run("dvc", "metrics", "diff").stdout
+
+    project.change(remap__format="int8")
+    assert project.repro() == AFTER_FORMAT
+
+    project.change(runtime__workers=1)
+    assert project.repro() == set()
+
+    project.change(compression__ratio=0.8, remap__format="same")
+    assert project.repro() == set(), "going back restores from the run cache"
+    assert contents(project.folder / "artifacts" / "remap") == first
+
+    project.commit("a finished run")
+    project.run("dvc", "exp", "run", "-S", "compression.ratio=0.6")
+    assert read(project.folder / "reports" / "metrics.json")["ratio"]["target"] == 0.6
+
+    queue_and_run(project)
+
+
+def queue_and_run(project: Project) -> None:
+    """A queued experiment runs in a copied tree and shares the project's caches; only the new title is computed."""
+    before = set(project.run("dvc", "exp", "list", "--name-only").stdout.split())
+    options = ("-S", "compression.ratio=0.8", "-S", "report.title=Queued")
+    project.run("dvc", "exp", "run", "--queue", "--name", "queued", *options)
+    project.run("dvc", "exp", "run", "--run-all")
+    assert set(project.run("dvc", "exp", "list", "--name-only").stdout.split()) - before == {"queued"}
+    project.run("dvc", "exp", "apply", "queued")
+    assert "Queued" in (project.folder / "reports" / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_bad_parameter_costs_nothing(finished_llama: Project, tmp_path: Path) -> None:
+    project = finished_llama.copy(tmp_path / "llama")
+    good = (project.folder / "params.yaml").read_text(encoding="utf-8")
+    project.change(compression__ratio=1.5, train_ranks__stepz=3)
+    done = project.run("dvc", "repro", check=False)
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert "Traceback" not in said
+    assert "params.yaml: train_ranks.stepz: unknown key" in said and "compression.ratio: must lie in (0, 1]" in said
+    (project.folder / "params.yaml").write_text(good, encoding="utf-8")
+    assert project.repro() == set()
+    assert contents(project.folder / "artifacts") == contents(finished_llama.folder / "artifacts")
+
+
+@pytest.mark.parametrize(("stage", "commits"), [("capture", 1), ("capture", 5), ("update_weights", 1), ("remap", 2)])
+def test_a_killed_stage_goes_on_where_it_was(stage: str, commits: int, finished_llama: Project, tmp_path: Path) -> None:
+    project = finished_llama.copy(tmp_path / "llama")
+    forget(project, stage)
+    killed = project.stage(stage, check=False, kill_after=commits)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (project.folder / "artifacts" / stage).exists()
+    survivors = layers(project)
+    assert survivors
+
+    project.stage(stage)
+    now = layers(project)
+    assert all(now[key] == survivors[key] for key in set(now) & set(survivors)), "a finished layer was computed again"
+    assert set(now) - set(survivors), "the unfinished layers were computed"
+    assert not list((project.folder / ".spectrim" / "layers").glob(".partial-*"))
+    assert contents(project.folder / "artifacts" / stage) == contents(finished_llama.folder / "artifacts" / stage)
+
+
+def test_a_killed_dvc_repro_goes_on_where_it_was(finished_llama: Project, tmp_path: Path) -> None:
+    """The whole process group dies while capture is at work; what follows capture is not even run again."""
+    project = finished_llama.copy(tmp_path / "llama")
+    forget(project, "capture")
+    project.run("rm", "-rf", *(str(path) for path in (project.folder / ".dvc" / "cache" / "files").glob("md5/*")))
+    process = subprocess.Popen(
+        ["dvc", "repro", "capture"], cwd=project.folder, env=process_environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not layers(project):
+        assert process.poll() is None, "the run ended before its first layer was finished"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert project.repro() == {"capture"}
+    assert contents(project.folder / "artifacts") == contents(finished_llama.folder / "artifacts")
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "no manifest"])
+def test_a_damaged_layer_is_computed_again(damage: str, finished_llama: Project, tmp_path: Path) -> None:
+    project = finished_llama.copy(tmp_path / "llama")
+    forget(project, "update_weights")
+    project.stage("update_weights")
+    entry = project.folder / ".spectrim" / "layers" / min(layers(project))
+    file = max((path for path in entry.iterdir() if path.name != "manifest.json"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "no manifest":
+        (entry / "manifest.json").unlink()
+    else:
+        file.unlink()  # the file is linked into artifacts/: replace it
+        file.write_bytes(data if damage == "flipped bit" else data[:-7])
+    before = layers(project)
+    done = project.stage("update_weights")
+    assert "warning" in done.stderr and entry.name in done.stderr
+    after = layers(project)
+    assert {key for key in after if after[key] != before.get(key)} == {entry.name}
+    expected = contents(finished_llama.folder / "artifacts" / "update_weights")
+    assert contents(project.folder / "artifacts" / "update_weights") == expected

