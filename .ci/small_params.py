@@ -1,0 +1,32 @@
+"""small_params FILE: rewrites params.yaml with few and short windows; the default model then takes minutes.
+
+With SPECTRIM_EVAL_DATA set, a few examples of a harness task are added.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+SMALL = {
+    "calibrate": {"seq_len": 128, "calibration_windows": 8, "validation_windows": 2, "test_windows": 2},
+    "capture": {"gradient_windows": 4, "gradient_seq_len": 64},
+    "train_ranks": {"steps": 4, "seq_len": 64},
+    "update_weights": {"ipca_windows": 4},
+    "evaluate": {"new_tokens": 8, "speed_prefill_tokens": 64, "speed_decode_tokens": 4, "speed_repeats": 1},
+}
+
+
+def main() -> None:
+    file = Path(sys.argv[1])
+    params = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for section, values in SMALL.items():
+        params[section].update(values)
+    if data := os.environ.get("SPECTRIM_EVAL_DATA"):
+        params["evaluate"].update(tasks={"arc_easy": str(Path(data) / "arc_easy_test.jsonl")}, task_limit=4)
+    file.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
