@@ -24,7 +24,7 @@ def main() -> None:
     for section, values in SMALL.items():
         params[section].update(values)
     if data := os.environ.get("SPECTRIM_EVAL_DATA"):
-        params["evaluate"].update(tasks={"arc_easy": str(Path(data) / "arc_easy_test.jsonl")}, task_limit=4)
+        params["evaluate"].update(tasks={"arc_easy": str(Path(data) / "arc_easy_test.jsonl")}, task_limit=2)
     file.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
 
 

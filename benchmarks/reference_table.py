@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from pipeline.artifacts import artifact, read_json
@@ -82,20 +82,18 @@ class Table:
         """Print one JSON object per ratio."""
         started = time.perf_counter()
         make, ranking = METHODS[method]
-        gated: dict[str, nn.Module] = {}
+        gated: dict[str, GatedLinear] = {}
         for index, block in enumerate(self.blocks.values()):
             for name, linear in block.items():
                 pair = make(index, name, linear.weight)
-                gated[name] = GatedLinear(
-                    Factors(*(part.to(linear.weight.device, linear.weight.dtype) for part in pair)), linear.bias
-                )
+                pair = Factors(*(part.to(linear.weight.device, linear.weight.dtype) for part in pair))
+                gated[name] = GatedLinear(pair, linear.weight, linear.bias)
         shared = time.perf_counter() - started
         for ratio in ratios:
             started = time.perf_counter()
             for (name, module), rank in zip(gated.items(), self._ranks(ranking, ratio), strict=True):
-                module.rank = rank  # type: ignore[assignment]
-                dense = rank == module.full_rank
-                attach(self.model, {name: self.linears[name] if dense else module})  # type: ignore[dict-item]
+                module.rank = rank
+                attach(self.model, {name: module})
             measured = perplexity(self.model, self.windows)["perplexity"]
             row = {"method": method, "ratio": ratio, "perplexity": measured, "dense_perplexity": self.dense}
             print(json.dumps(row | {"seconds": round(shared + time.perf_counter() - started, 1)}), flush=True)

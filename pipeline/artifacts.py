@@ -75,6 +75,9 @@ def fresh_folder(path: Path) -> Iterator[Path]:
         try:
             partial.chmod(0o777 & ~_umask())
             yield partial
+            for file in partial.rglob("*"):  # safetensors keeps its files to their owner; linked ones are read-only
+                if file.is_file() and os.access(file, os.W_OK) and file.stat().st_nlink == 1:
+                    file.chmod(0o666 & ~_umask())
             sync_tree(partial)
             _replace_folder(partial, path)
             sync(path.parent)

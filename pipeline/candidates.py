@@ -138,7 +138,9 @@ class RankSearch:
                     full = closed_form(module.weight.double(), gram_of(self.captured, index, name).to(self.device))
                     pair = truncate(full, min(module.weight.shape))
                 dtype, device = module.weight.dtype, self.device
-                modules[name] = GatedLinear(Factors(*(part.to(device, dtype) for part in pair)), module.bias)
+                modules[name] = GatedLinear(
+                    Factors(*(part.to(device, dtype) for part in pair)), module.weight, module.bias
+                )
         return modules
 
     def _truncated(self) -> dict[str, Truncated]:

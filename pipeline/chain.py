@@ -13,8 +13,8 @@ from pipeline.store import LayerStore, key
 class Chain:
     """``chain[0] = start()``, ``chain[i + 1] = step(i, chain[i])``; a value put in is never computed again.
 
-    The newest value is in memory and on disk, older ones are dropped (unless ``keep_all``): a killed run goes on from
-    where it was. A value that is gone is computed again from the nearest one that is left.
+    The newest value is in memory, and every ``every``-th on disk; older ones are dropped unless ``keep_all``. A killed
+    run goes on from the last one on disk, and a value that is gone is computed again from the nearest that is left.
     """
 
     def __init__(
@@ -24,9 +24,11 @@ class Chain:
         start: Callable[[], Tensor],
         step: Callable[[int, Tensor], Tensor],
         *,
+        every: int = 1,
         keep_all: bool = False,
     ) -> None:
-        self._store, self._name, self._start, self._step, self._keep_all = store, name, start, step, keep_all
+        self._store, self._name, self._start, self._step = store, name, start, step
+        self._every, self._keep_all = every, keep_all
         self._newest: tuple[int, Tensor] | None = None
 
     def __getitem__(self, index: int) -> Tensor:
@@ -46,10 +48,12 @@ class Chain:
         def write(folder: Path) -> None:
             save_file({"value": value.contiguous()}, folder / "value.safetensors")
 
-        self._store.commit(self._key(index), write)
         self._newest = (index, value)
+        if index % self._every:
+            return
+        self._store.commit(self._key(index), write)
         if not self._keep_all:
-            self._discard(index - 1)
+            self._discard(index - self._every)
 
     def clear(self, length: int) -> None:
         """Forget the values 0 .. length of this chain, on disk too."""

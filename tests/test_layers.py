@@ -1,18 +1,12 @@
 """A stage resumes where it died, never uses a damaged layer, and gives the same bytes on every engine."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -20,69 +14,9 @@ from pipeline.layers import LayerTask, run_layers
 from pipeline.params import Runtime
 from pipeline.store import LayerStore
 from spectrim.errors import NumericalError, OrchestrationError, StorageError
+from tests.layer_runs import INLINE, computed, finished, last_line, resume, wait_for, worker
 from tests.layer_worker import content, names, tasks_of
 from tests.test_artifacts import largest_file, tree
-
-PROJECT = Path(__file__).parents[1]
-INLINE = Runtime("inline", 2, 0, "cpu")
-
-
-def computed(log: Path) -> list[str]:
-    return (
-        [line.split()[1] for line in log.read_text().splitlines() if line.startswith("start")] if log.exists() else []
-    )
-
-
-def finished(log: Path) -> list[str]:
-    return [line.split()[1] for line in log.read_text().splitlines() if line.startswith("end")] if log.exists() else []
-
-
-def worker(store: Path, log: Path, *options: str, **environment: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "tests.layer_worker", str(store), "--log", str(log), *options]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    return subprocess.Popen(
-        command,
-        cwd=PROJECT,
-        env={**clean, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.05)
-
-
-def gone(process: psutil.Process) -> bool:
-    """Ended, though perhaps not yet collected by whoever adopted it."""
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def last_line(text: str) -> str:
-    return text.replace("\r", "\n").splitlines()[-1]
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The store after an uninterrupted run of four layers."""
-    folder = tmp_path_factory.mktemp("reference")
-    run_layers("worker", tasks_of(names(4), folder / "log"), INLINE, LayerStore(folder / "layers"))
-    return tree(folder / "layers")
-
-
-def resume(tmp_path: Path, reference: dict[str, bytes], expected: list[str]) -> None:
-    """Running again computes exactly ``expected`` and ends in the bytes of an uninterrupted run."""
-    log = tmp_path / "resume.log"
-    run_layers("worker", tasks_of(names(4), log), INLINE, LayerStore(tmp_path / "layers"))
-    assert sorted(computed(log)) == sorted(expected)
-    assert tree(tmp_path / "layers") == reference
 
 
 def test_results_are_named_ordered_and_whole(tmp_path, capsys):
@@ -249,105 +183,3 @@ def test_a_stop_does_not_wait_for_a_layer(tmp_path):
     wait_for(lambda: len(computed(log)) == 2)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
-
-
-def test_prefect_needs_a_server(tmp_path, monkeypatch):
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    for engine in ("prefect", "dask"):
-        with pytest.raises(OrchestrationError, match="PREFECT_API_URL"):
-            run_layers("w", tasks_of(["a"], tmp_path / "log"), Runtime(engine, 1, 0, "cpu"), LayerStore(tmp_path / "l"))
-    assert computed(tmp_path / "log") == []
-
-
-def test_a_server_that_is_not_there_is_one_line(tmp_path):
-    process = worker(tmp_path / "layers", tmp_path / "log", PREFECT_API_URL="http://127.0.0.1:9/api")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert last_line(errors).startswith("error: the Prefect server at http://127.0.0.1:9/api does not answer")
-    assert "Traceback" not in errors and computed(tmp_path / "log") == []
-
-
-@pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
-    """A real server, started as `make flow` starts its own: (API url, process id)."""
-    script = (
-        "import sys; from pipeline import flow\n"
-        "with flow.prefect_server() as server: print(server.url, server.process.pid, flush=True); sys.stdin.read()"
-    )
-    folder = tmp_path_factory.mktemp("prefect")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        env={**clean, "PYTHONPATH": str(PROJECT), "DVC_ROOT": str(folder)},
-        cwd=folder,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout and process.stdin
-    url, pid = process.stdout.readline().split()
-    yield url, int(pid)
-    process.stdin.close()
-    assert process.wait(timeout=60) == 0
-    assert not psutil.pid_exists(int(pid)) or gone(psutil.Process(int(pid)))
-
-
-def task_runs(url: str) -> list[tuple[str, str]]:
-    """(task run, state) of the newest flow run, by name."""
-
-    def ask(path: str, query: dict[str, object]) -> list[dict[str, str]]:
-        request = urllib.request.Request(f"{url}/{path}/filter", json.dumps(query).encode())
-        request.add_header("content-type", "application/json")
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
-            return json.load(answer)
-
-    newest = ask("flow_runs", {"sort": "START_TIME_DESC", "limit": 1})[0]
-    assert newest["name"] and newest["state_type"] != "RUNNING"
-    runs = ask("task_runs", {"flow_runs": {"id": {"any_": [newest["id"]]}}})
-    return sorted((run["name"], run["state_name"]) for run in runs)
-
-
-def test_prefect_engine(tmp_path, reference, prefect_server):
-    """One server for all: it runs, shows cached layers, retries, fails, is cancelled, and in the end dies mid-run."""
-    url, pid = prefect_server
-    api = {"PREFECT_API_URL": url, "DVC_ROOT": str(tmp_path)}
-    store, log = tmp_path / "layers", tmp_path / "log"
-
-    process = worker(store, log, "--layers", "3", **api)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0 and last_line(errors).startswith("worker: 100%")
-    assert [line.split()[0] for line in output.splitlines()] == names(3)
-    wait_for(lambda: task_runs(url) == [(name, "Completed") for name in names(3)])
-
-    process = worker(store, log, "--engine", "prefect", "--ordered", **api)
-    assert process.wait(timeout=120) == 0
-    wait_for(lambda: task_runs(url) == [*((name, "Cached") for name in names(3)), ("layers.3", "Completed")])
-    assert sorted(computed(log)) == names(4)
-    assert tree(store) == reference
-
-    failing = ("--broken", "layers.1", "--retries", "1", "--workers", "1")
-    process = worker(tmp_path / "second", tmp_path / "second.log", *failing, **api)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert last_line(errors).startswith("error: worker: layers.1: RuntimeError: the machine has a cold; tried 2 times")
-    assert "Traceback" not in errors
-    assert computed(tmp_path / "second.log") == ["layers.0", "layers.1", "layers.1"]
-    wait_for(lambda: task_runs(url) == [("layers.0", "Completed"), ("layers.1", "Failed")])
-
-    for how, code, line in (
-        ("stop", 130, "stopped by Ctrl-C"),
-        ("server", 1, f"error: the Prefect server at {url} went away; finished layers are kept"),
-    ):
-        log = tmp_path / f"{how}.log"
-        process = worker(tmp_path / how / "layers", log, "--seconds", "2", "--workers", "1", **api)
-        wait_for(lambda log=log: len(finished(log)) == 1 and len(computed(log)) == 2)
-        process.send_signal(signal.SIGINT) if how == "stop" else os.kill(pid, signal.SIGKILL)
-        _, errors = process.communicate(timeout=30)
-        assert process.returncode == code
-        assert last_line(errors).startswith(line) and "Traceback" not in errors
-        if how == "stop":
-            wait_for(lambda: task_runs(url)[0] == ("layers.0", "Completed"))
-        whole = [task.name for task in tasks_of(names(4), log) if (tmp_path / how / "layers" / task.key).is_dir()]
-        assert whole and len(whole) < 4
-        resume(tmp_path / how, reference, names(4)[len(whole) :])

@@ -17,13 +17,13 @@ Problems = Callable[..., list[str]]
 
 # section.key -> values that must be refused
 REFUSED: dict[str, list[Any]] = {
-    "model.source": [None, 3],
+    "model.source": [None, 3, ""],
     "model.sha256": ["abc", "G" * 64, 7],
     "compression.ratio": [0, -0.1, 1.5, "0.8", None, float("nan")],
     "compression.format": ["int4", "float32", None],
     "compression.align": [0, 1.5, "8"],
     "compression.exclude": ["*.down_proj", [1]],
-    "compression.seed": [-1, 0.5, True],
+    "compression.seed": [-1, 0.5, True, 2**70],
     "runtime.engine": ["celery"],
     "runtime.workers": [0, -2, 1.5],
     "runtime.retries": [-1],
@@ -44,16 +44,16 @@ REFUSED: dict[str, list[Any]] = {
     "train_ranks.steps": [0],
     "train_ranks.seq_len": [1, 10**6],
     "train_ranks.batch_size": [0],
-    "train_ranks.learning_rate": [0, -0.1, float("nan")],
-    "train_ranks.width": [0, -0.1],
-    "train_ranks.beta": [0, -10],
+    "train_ranks.learning_rate": [0, -0.1, float("nan"), float("inf")],
+    "train_ranks.width": [0, -0.1, float("inf")],
+    "train_ranks.beta": [0, -10, float("inf")],
     "train_ranks.taylor_terms": [0],
     "train_ranks.taylor_threshold": [0, 1, 1.5],
     "update_weights.method": ["svd"],
     "update_weights.ipca": ["batch"],
     "update_weights.ipca_windows": [0, 10**6],
     "remap.format": ["float32"],
-    "remap.max_shard_size": [5],
+    "remap.max_shard_size": [5, "", "large", "-1GB"],
     "baseline.quantization": [["int2"], "int8"],
     "baseline.group_size": [0],
     "evaluate.batch_size": [0],
@@ -162,6 +162,13 @@ def test_values_that_contradict_each_other_are_reported_together(content: dict[s
 def test_bad_splits_name_the_text(splits: dict[str, float], content: dict[str, Any], problems: Problems) -> None:
     content["data"]["wikipedia"]["splits"] = splits
     assert any(line.startswith("data.wikipedia.splits") for line in problems(content))
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b", ""])
+def test_a_text_name_that_is_no_file_name_is_reported(name: str, content: dict[str, Any], problems: Problems) -> None:
+    """The name becomes artifacts/calibrate/test/NAME.parquet."""
+    content["data"][name] = content["data"]["wikipedia"]
+    assert any(line.startswith(f"data.{name}") for line in problems(content))
 
 
 @pytest.mark.parametrize("split", parameters.SPLITS)

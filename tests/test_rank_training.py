@@ -20,7 +20,7 @@ def svd_gates(model: torch.nn.Module) -> dict[str, GatedLinear]:
     modules = {}
     for name, linear in compressible_linears(model).items():
         u, s, v = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
-        modules[name] = GatedLinear(Factors(u * s, v), linear.bias)
+        modules[name] = GatedLinear(Factors(u * s, v), linear.weight, linear.bias)
     return modules
 
 
@@ -45,7 +45,7 @@ def test_hard_rank_is_the_limit_of_the_gate() -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(12, 20), torch.randn(3, 20)
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    gated = GatedLinear(Factors(u * s, v), torch.randn(12))
+    gated = GatedLinear(Factors(u * s, v), weight, torch.randn(12))
     gated.rank = 5
     hard = gated(x)
     torch.testing.assert_close(hard, x @ ((u * s)[:, :5] @ v[:5]).T + gated.bias)
