@@ -31,8 +31,8 @@ repro: .venv/.installed ## the compressed model and its report, from params.yaml
 flow: .venv/.installed ## the same under Prefect, with its UI
 	python -m pipeline.flow
 
-test: .venv/.installed ## the whole test suite
-	python -m pytest
+test: .venv/.installed ## the whole test suite, one file per core at a time
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile
 
 lint: .venv/.installed ## style and types
 	ruff check

@@ -49,10 +49,7 @@ def run(main: Callable[..., None]) -> NoReturn:
     """
     import typer
 
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    if not sys.stderr.isatty():  # the bars of libraries draw over a whole log; ours are sparse there
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _quiet()
     watch = _Watch()
 
     @functools.wraps(main)
@@ -73,6 +70,16 @@ def run(main: Callable[..., None]) -> NoReturn:
     app.command()(guarded)
     app()
     raise SystemExit(0)
+
+
+def _quiet() -> None:
+    """Errors only from the libraries; their bars, which fill a log file with redrawn lines, only on a terminal."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if (logging := sys.modules.get("transformers.utils.logging")) is not None:  # imported before: reads no variable now
+        logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
 
 
 def say(line: str) -> None:

@@ -2,7 +2,7 @@
 
 reads   artifacts/remap, artifacts/prepare (models), artifacts/calibrate/test, artifacts/baseline/baseline.json
 writes  reports/metrics.json, reports/evaluate (a csv per figure); with --text: JSON on stdout and no file
-params  evaluate, compression.ratio (with --text also calibrate.seq_len, calibrate.test_windows)
+params  evaluate, compression.ratio (with --text also calibrate.seq_len)
 """
 
 import json
@@ -24,12 +24,13 @@ from spectrim.errors import ConfigError
 from spectrim.evaluation import generate
 from spectrim.speed import n_parameters, peak_bytes, throughput, weight_bytes
 
+FILE_WINDOWS = 16  # of a file given with --text: the protocol of the reference table
 SIDES = {"dense": "prepare", "compressed": "remap"}
 
 
 def main(
     text: Annotated[Path | None, typer.Option(help="Measure both models on this file instead and print JSON.")] = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="Windows of that file (calibrate.test_windows).")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help=f"Windows of that file ({FILE_WINDOWS}).")] = None,
     column: Annotated[str, typer.Option(help="Column of the texts in a jsonl or parquet file.")] = "text",
 ) -> None:
     """Measure the compressed model against the dense one."""
@@ -38,7 +39,7 @@ def main(
     if text is not None:
         calibrate = params.calibrate
         tokenizer = measure.load_tokenizer(artifact("remap"))
-        file = file_windows(text, tokenizer, calibrate.seq_len, windows or calibrate.test_windows, column)
+        file = file_windows(text, tokenizer, calibrate.seq_len, windows or FILE_WINDOWS, column)
         print(json.dumps(_further(str(text), file, device, settings.batch_size), indent=2))
         return
     if windows is not None:

@@ -124,7 +124,7 @@ def test_a_further_text_is_measured_without_touching_the_reports(
 def test_a_further_text_that_is_missing_or_too_short_is_refused(project: Path) -> None:
     short = project / "short.txt"
     short.write_text("the river", encoding="utf-8")
-    with pytest.raises(DataError, match=r"short\.txt: .* make 0 windows of 24, 3 are asked for"):
+    with pytest.raises(DataError, match=r"short\.txt: .* make 0 windows of 24, 16 are asked for"):
         evaluate.main(text=short)
     with pytest.raises(SourceError, match=r"gone\.txt: not found"):
         evaluate.main(text=project / "gone.txt")
