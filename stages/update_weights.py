@@ -8,7 +8,6 @@ params  update_weights, compression.exclude
 import json
 from functools import partial
 
-from pipeline.texts import load_windows
 from safetensors import safe_open
 
 from pipeline import updates
@@ -18,6 +17,7 @@ from pipeline.devices import resolve
 from pipeline.layers import LayerTask, run_layers
 from pipeline.params import load
 from pipeline.store import LayerStore, code_digest, key, link_or_copy
+from pipeline.texts import load_windows
 from spectrim import blocks, modules, weight_update
 from spectrim.maths import lowrank, subspace
 
