@@ -76,9 +76,12 @@ def _quiet() -> None:
     """Errors only from the libraries; their bars, which fill a log file with redrawn lines, only on a terminal."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    terminal = sys.stderr.isatty()
+    if not terminal:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if (logging := sys.modules.get("transformers.utils.logging")) is not None:  # imported before: reads no variable now
         logging.set_verbosity_error()
-        if not sys.stderr.isatty():
+        if not terminal:
             logging.disable_progress_bar()
 
 
