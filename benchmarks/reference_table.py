@@ -20,11 +20,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from pipeline.artifacts import artifact, read_json
 from pipeline.devices import resolve
-from pipeline.measure import load_model
+from pipeline.measure import load_model, load_tokenizer
 from pipeline.params import load
 from pipeline.text_file import file_windows
 from spectrim.capture import gram_of
@@ -71,7 +70,7 @@ class Table:
     def __init__(self, text: Path, device: torch.device) -> None:
         check_protocol()
         self.model = load_model(artifact("prepare"), device).requires_grad_(False)
-        tokenizer = AutoTokenizer.from_pretrained(artifact("prepare"))
+        tokenizer = load_tokenizer(artifact("prepare"))
         self.windows = file_windows(text, tokenizer, PROTOCOL["seq_len"], PROTOCOL["test_windows"])
         self.blocks = linears_by_block(self.model)
         self.linears = {name: linear for block in self.blocks.values() for name, linear in block.items()}

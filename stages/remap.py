@@ -13,7 +13,7 @@ from pipeline.console import run
 from pipeline.layers import LayerTask, run_layers
 from pipeline.params import load
 from pipeline.store import LayerStore, code_digest, key
-from spectrim import modules, saving
+from spectrim import lowrank_linear, saving
 from spectrim.maths import budget, quantization
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     listed = {name: list(matrix) for name, matrix in matrices.items()}
     files = sorted(artifact("update_weights").glob("*.safetensors"))
     factors = {file.stem: sha256_file(file) for file in files}
-    code = code_digest(packing, saving, modules, budget, quantization)
+    code = code_digest(packing, saving, lowrank_linear, budget, quantization)
     tasks = [
         LayerTask(
             f"block {file.stem}",
