@@ -58,18 +58,17 @@ def nothing(settings: argparse.Namespace) -> dict[str, Any]:
 
 def spectrim(settings: argparse.Namespace) -> dict[str, Any]:
     """Incremental mean projector."""
-    pool, vectors = IncrementalPCA(settings.out, settings.rank), 0.0
-    for outputs in stream(settings):
-        start = time.perf_counter()
-        found = top_right_singular_vectors(outputs, settings.rank)
-        vectors += time.perf_counter() - start
-        pool.add(found)
-    return {"basis": pool.basis().numpy(), "vectors": vectors}
+    return pooled(IncrementalPCA(settings.out, settings.rank), settings)
 
 
 def exact(settings: argparse.Namespace) -> dict[str, Any]:
     """Exact mean projector, (out, out)."""
-    pool, vectors = MeanProjector(settings.out, settings.rank), 0.0
+    return pooled(MeanProjector(settings.out, settings.rank), settings)
+
+
+def pooled(pool: IncrementalPCA | MeanProjector, settings: argparse.Namespace) -> dict[str, Any]:
+    """The basis of a pool fed with every window's singular vectors, and the seconds those took."""
+    vectors = 0.0
     for outputs in stream(settings):
         start = time.perf_counter()
         found = top_right_singular_vectors(outputs, settings.rank)
