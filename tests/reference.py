@@ -56,6 +56,15 @@ def best_for_outputs(weight: Tensor, x: Tensor, rank: int) -> Tensor:
     return basis @ basis.T @ weight
 
 
+def asvd(weight: Tensor, x: Tensor, rank: int) -> Tensor:
+    """ASVD's W' of a rank: every column times the root of its input's mean size, a truncated SVD, and back."""
+    scale = [math.sqrt(sum(abs(float(token[j])) for token in x) / len(x)) for j in range(x.shape[1])]
+    scaled = torch.stack([weight[:, j] * scale[j] for j in range(x.shape[1])], dim=1)
+    left, sigma, right = torch.linalg.svd(scaled, full_matrices=False)
+    best = left[:, :rank] @ torch.diag(sigma[:rank]) @ right[:rank]
+    return torch.stack([best[:, j] / scale[j] for j in range(x.shape[1])], dim=1)
+
+
 def two_sided(weight: Tensor, gram: Tensor, gradient_gram: Tensor, rank: int) -> Tensor:
     """argmin ‖D^½ (W − W') G^½‖ over rank r, from both square roots, their inverses and one SVD."""
     row, column = matrix_sqrt(gradient_gram), matrix_sqrt(gram)
@@ -106,6 +115,7 @@ def matrix_bytes(format: str, out: int, in_: int, rank: int) -> int:
     tensors = {
         "dense": [(out * in_, 2)],
         "float16": [(out * rank, 2), (rank * in_, 2)],
+        "pifa": [(rank * in_, 2), ((out - rank) * rank, 2), (out, 4)],
         "int8": [(out * rank, 1), (rank * in_, 1), (rank, 4), (rank, 4)],
         "remap": [(short * rank, 1), (short * rank, 1), ((long - short) * rank, 2), (rank, 4), (rank, 4)],
     }[format]
@@ -136,3 +146,21 @@ def pack_int4(values: Sequence[int]) -> list[int]:
     """Pairs of four-bit integers as bytes, the first one in the low half."""
     padded = [*values, 0] if len(values) % 2 else list(values)
     return [(low % 16) + 16 * (high % 16) for low, high in zip(padded[::2], padded[1::2], strict=True)]
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor, tokens: Tensor, kl_weight: float) -> float:
+    """Mean divergence from the teacher and mean loss of the next token, one position at a time, weighted."""
+    divergences, losses = [], []
+    for window in range(len(tokens)):
+        for at in range(tokens.shape[1]):
+            q, p = (x[window, at].double().softmax(-1) for x in (logits, teacher))
+            divergences.append(float((p * (p.log() - q.log())).sum()))
+            if at + 1 < tokens.shape[1]:
+                losses.append(-float(q[tokens[window, at + 1]].log()))
+    return kl_weight * sum(divergences) / len(divergences) + (1 - kl_weight) * sum(losses) / len(losses)
+
+
+def largest_volume(left: Tensor, rank: int) -> float:
+    """max |det| over every choice of ``rank`` rows."""
+    choices = itertools.combinations(range(len(left)), rank)
+    return max(abs(float(torch.linalg.det(left[list(rows)]))) for rows in choices)

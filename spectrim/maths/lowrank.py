@@ -5,6 +5,7 @@ per token, gradient_gram D = Σ g gᵀ (m, m), k = min(m, n). Every method decom
 rank r by slicing: W'_r = left[:, :r] @ right[:r].
 
     plain_svd          min ‖W − W'‖_F
+    asvd               min ‖(W − W') S‖_F         S = diag(mean |x_j|)^½, what ASVD takes for the activations
     closed_form        min ‖X (W − W')ᵀ‖_F        W' = U_r U_rᵀ W, U the eigenvectors of W G Wᵀ = YᵀY
     svd_llm_cholesky   the same optimum           SVD(W L), L Lᵀ = G
     svd_llm_v2         the same optimum           SVD(W S), S = Q Λ^½, G = Q Λ Qᵀ
@@ -77,6 +78,41 @@ def plain_svd(weight: Tensor) -> Decomposition:
     return _svd(_weight(weight))
 
 
+def asvd(weight: Tensor, abs_mean: Tensor, exponent: float = 0.5) -> Decomposition:
+    """min ‖(W − W') S‖_F, S = diag(mean |x_j|)^α: SVD(W S) = U Σ Vᵀ, left = U √Σ, right = √Σ Vᵀ S⁻¹.
+
+    S sees each input channel alone, so it is no optimum for the outputs: correlated channels are missed. A channel that
+    is (nearly) silent keeps 1e-6 of the largest scale, so that full rank gives W back.
+
+    Args:
+        weight: W, (m, n).
+        abs_mean: mean over tokens of |x_j|, (n,), not negative.
+        exponent: α; 0 is ``plain_svd``.
+
+    Raises:
+        NumericalError: wrong shapes, non-finite or negative entries, or every channel is silent.
+
+    Source: ASVD, Yuan et al. 2023, arXiv:2312.05821 (α = 0.5 with the mean absolute activation).
+    """
+    weight = _weight(weight)
+    if tuple(abs_mean.shape) != (weight.shape[1],):
+        raise NumericalError(
+            f"abs_mean has shape {tuple(abs_mean.shape)}; this weight requires ({weight.shape[1]},); "
+            "pass its own layer's"
+        )
+    require_finite("abs_mean", abs_mean)
+    lowest, highest = float(abs_mean.min()), float(abs_mean.max())
+    if lowest < 0 or highest == 0:
+        raise NumericalError(
+            f"abs_mean lies in [{lowest:.3g}, {highest:.3g}]; means of |x| are required, one of them positive; "
+            "calibrate on more tokens or exclude the matrix from compression"
+        )
+    scale = abs_mean.double().pow(exponent)
+    scale = scale.clamp(min=1e-6 * float(scale.max()))
+    left, sigma, right = _svd(weight * scale)
+    return Decomposition(left, sigma, right / scale)
+
+
 def closed_form(weight: Tensor, gram: Tensor) -> Decomposition:
     """min ‖X (W − W')ᵀ‖_F: left = U, right = Uᵀ W, σᵢ² the eigenvalues of W G Wᵀ; error² = Σ_{i>r} σᵢ².
 
@@ -109,7 +145,9 @@ def spectrum(weight: Tensor, gram: Tensor) -> Tensor:
     return _roots(torch.linalg.eigvalsh((product + product.T) / 2).flip(0))
 
 
-def svd_llm_cholesky(weight: Tensor, gram: Tensor, damping: float = 0.0, max_damping: float = 1e-2) -> Decomposition:
+def svd_llm_cholesky(
+    weight: Tensor, gram: Tensor, damping: float = 0.0, max_damping: float = 1e-2, *, lower: Tensor | None = None
+) -> Decomposition:
     """min ‖(W − W') L‖_F with L Lᵀ = G: SVD(W L) = U Σ Vᵀ, left = U √Σ, right = √Σ Vᵀ L⁻¹.
 
     Equals ``closed_form`` in the damped Gram. A Gram that is not positive definite is damped first.
@@ -119,6 +157,7 @@ def svd_llm_cholesky(weight: Tensor, gram: Tensor, damping: float = 0.0, max_dam
         gram: G = XᵀX, (n, n).
         damping: first relative damping tried.
         max_damping: largest relative damping tried.
+        lower: L of ``cholesky(gram, ...)``, to share it between matrices with one input; then nothing is damped here.
 
     Raises:
         NumericalError: wrong shapes, non-finite entries, or no damping up to ``max_damping`` works.
@@ -126,21 +165,27 @@ def svd_llm_cholesky(weight: Tensor, gram: Tensor, damping: float = 0.0, max_dam
     Source: SVD-LLM, Wang et al. 2024, arXiv:2403.07378.
     """
     weight = _weight(weight)
-    lower, _ = cholesky(_side("gram", gram, weight.shape[1]), damping, max_damping)
+    gram = _side("gram", gram, weight.shape[1])
+    if lower is None:
+        lower, _ = cholesky(gram, damping, max_damping)
     left, sigma, right = _svd(weight @ lower)
     return Decomposition(left, sigma, torch.linalg.solve_triangular(lower, right, upper=False, left=False))
 
 
-def svd_llm_v2(weight: Tensor, gram: Tensor, damping: float = 0.0, max_damping: float = 1e-2) -> Decomposition:
+def svd_llm_v2(
+    weight: Tensor, gram: Tensor, damping: float = 0.0, max_damping: float = 1e-2, *, whitener: Whitener | None = None
+) -> Decomposition:
     """min ‖(W − W') S‖_F with G = Q Λ Qᵀ, S = Q Λ^½: SVD(W S) = U Σ Vᵀ, left = U √Σ, right = √Σ Vᵀ Λ^(−½) Qᵀ.
 
     The first of its two SVDs is that of a symmetric positive semidefinite matrix, hence its eigendecomposition. A
-    rank-deficient Gram needs no damping (pseudo-inverse). Arguments and errors as in ``svd_llm_cholesky``.
+    rank-deficient Gram needs no damping (pseudo-inverse). Arguments and errors as in ``svd_llm_cholesky``; ``whitener``
+    is ``eigen_whitener(gram, ...)``, to share it.
 
     Source: SVD-LLM V2, Wang et al. 2025, arXiv:2503.12340.
     """
     weight = _weight(weight)
-    whitener = eigen_whitener(_side("gram", gram, weight.shape[1]), damping, max_damping)
+    gram = _side("gram", gram, weight.shape[1])
+    whitener = whitener or eigen_whitener(gram, damping, max_damping)
     left, sigma, right = _svd(weight @ whitener.root)
     return Decomposition(left, sigma, right @ whitener.inverse)
 

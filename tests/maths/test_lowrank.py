@@ -19,7 +19,7 @@ from spectrim.maths.lowrank import (
     truncate,
     two_sided,
 )
-from spectrim.maths.whitening import damped, sqrt_and_inverse
+from spectrim.maths.whitening import cholesky, damped, eigen_whitener, sqrt_and_inverse
 from tests import reference
 
 close = torch.testing.assert_close
@@ -167,6 +167,17 @@ def test_precomputed_roots_change_nothing(out, in_, given_roots):
     close(found.sigma, expected.sigma, rtol=1e-6, atol=1e-6 * float(expected.sigma[0]))
     for rank in range(1, min(out, in_) + 1):
         close(product(found, rank), product(expected, rank), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("out", "in_"), SHAPES)
+def test_a_shared_whitener_changes_nothing(out, in_):
+    weight, _, gram, _ = draw(5, out, in_)
+    lower, whitener = cholesky(gram, 1e-4)[0], eigen_whitener(gram, 1e-4)
+    for found, expected in (
+        (svd_llm_cholesky(weight, gram, lower=lower), svd_llm_cholesky(weight, gram, 1e-4)),
+        (svd_llm_v2(weight, gram, whitener=whitener), svd_llm_v2(weight, gram, 1e-4)),
+    ):
+        assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
 
 
 def test_two_sided_without_gradient_information_is_the_closed_form():
