@@ -12,6 +12,7 @@ from pipeline.chain import Chain
 from pipeline.store import LayerStore
 from spectrim.blocks import BlockModel
 from spectrim.capture import (
+    LAST_HIDDEN,
     batches,
     decompose,
     forward_block,
@@ -61,6 +62,7 @@ class Walk:
         self._forward[index + 1] = output
         if index + 1 == self.depth:
             self._cut[self.depth] = output[: len(self.graded), : self.graded.shape[1]]
+            save_file({"hidden": output}, folder / LAST_HIDDEN)
 
     def gradients(self, index: int, folder: Path) -> None:
         """Write the gradient statistics of block ``index``."""

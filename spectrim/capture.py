@@ -1,9 +1,10 @@
 """Second moments of what enters and leaves every linear of a block, and the whitened factors made from them.
 
-For a linear y = W x with tokens t:  gram G = Σ_t x_t x_tᵀ,  mean = Σ_t x_t / n_tokens,  gradient_gram D = Σ_t g_t g_tᵀ
-with g_t = ∂L/∂y_t and L the cross-entropy summed over tokens. Linears that read the same tensor (q/k/v, gate/up)
-share one Gram. Blocks are streamed: forward from the embedding, then backward from the loss, each block recomputed
-from its stored input, so that no more than one block and its hidden states are in memory.
+For a linear y = W x with tokens t: gram G = Σ_t x_t x_tᵀ, mean = Σ_t x_t / n_tokens, abs_mean = Σ_t |x_t| / n_tokens
+and gradient_gram D = Σ_t g_t g_tᵀ with g_t = ∂L/∂y_t and L the cross-entropy summed over tokens. Linears that read the
+same tensor (q/k/v, gate/up) share their input's statistics. Blocks are streamed: forward from the embedding, then
+backward from the loss, each block recomputed from its stored input, so that no more than one block and its hidden
+states are in memory.
 """
 
 import json
@@ -23,6 +24,7 @@ from spectrim.errors import NumericalError
 from spectrim.maths.lowrank import spectrum, two_sided
 from spectrim.maths.whitening import Whitener, sqrt_and_inverse
 
+LAST_HIDDEN = "last_hidden.safetensors"
 SYRK_FEATURES = 1024  # below, the general product with its better threading wins
 
 
@@ -78,8 +80,9 @@ def input_statistics(
         batch_size: windows per forward pass.
 
     Returns:
-        ``{"gram.LINEAR": packed Gram, "mean.LINEAR": (in,) float64}`` with one entry per distinct input, named after
-        the first linear that reads it; for every linear the name its input stands under; the output, as ``hidden``.
+        ``{"gram.LINEAR": packed Gram, "mean.LINEAR" and "abs_mean.LINEAR": (in,) float64}`` with one entry per distinct
+        input, named after the first linear that reads it; for every linear the name its input stands under; the output,
+        as ``hidden``.
 
     Raises:
         NumericalError: a non-finite input, naming the linear and the window.
@@ -99,8 +102,9 @@ def input_statistics(
             if not torch.isfinite(block.diagonal().sum()):
                 raise NumericalError(_non_finite(name, x, part, "input"))
             sums[name] = sums[name].add_(block) if name in sums else block.double()
-            total = flat.sum(0).double()
-            totals[name] = totals[name] + total if name in totals else total
+            for total, values in ((f"mean.{name}", flat), (f"abs_mean.{name}", flat.abs())):
+                added = values.sum(0).double()
+                totals[total] = totals[total] + added if total in totals else added
         owners[name] = owner or name
 
     output = torch.empty_like(hidden)
@@ -116,7 +120,7 @@ def input_statistics(
             output[part] = result.cpu()
     n_tokens = hidden.shape[0] * hidden.shape[1]
     tensors = {f"gram.{name}": pack_symmetric(gram) for name, gram in sums.items()}
-    tensors |= {f"mean.{name}": (total / n_tokens).cpu() for name, total in totals.items()}
+    tensors |= {name: (total / n_tokens).cpu() for name, total in totals.items()}
     return tensors, owners, output
 
 
@@ -219,9 +223,30 @@ def decompose(
 
 def gram_of(folder: Path, index: int, name: str) -> Tensor:
     """The input Gram (in, in) float64 of linear ``name`` of block ``index``, read from a capture folder."""
+    return unpack_symmetric(_input_statistic(folder, index, "gram", name))
+
+
+def abs_mean_of(folder: Path, index: int, name: str) -> Tensor:
+    """The mean over tokens of |x|, (in,) float64, of linear ``name`` of block ``index``, read from a capture folder."""
+    return _input_statistic(folder, index, "abs_mean", name)
+
+
+def inputs_of(folder: Path, index: int) -> dict[str, str]:
+    """Linear -> the linear under whose name its input's statistics stand, for block ``index`` of a capture folder."""
     with safe_open(folder / "inputs" / f"{index:03}.safetensors", framework="pt") as handle:
-        owner = json.loads(handle.metadata()["input_of"])[name]
-        return unpack_symmetric(handle.get_tensor(f"gram.{owner}"))
+        return json.loads(handle.metadata()["input_of"])
+
+
+def _input_statistic(folder: Path, index: int, kind: str, name: str) -> Tensor:
+    owner = inputs_of(folder, index)[name]
+    with safe_open(folder / "inputs" / f"{index:03}.safetensors", framework="pt") as handle:
+        return handle.get_tensor(f"{kind}.{owner}")
+
+
+def last_hidden(folder: Path) -> Tensor:
+    """What leaves the last block of the dense model, (windows, seq, hidden), read from a capture folder."""
+    with safe_open(folder / "inputs" / LAST_HIDDEN, framework="pt") as handle:
+        return handle.get_tensor("hidden")
 
 
 def _on_input(name: str, observe: Any) -> Any:

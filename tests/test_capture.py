@@ -63,6 +63,8 @@ def test_statistics_equal_a_whole_pass(family: str, model_folders: dict[str, Pat
             owner = owners[index][name]
             assert_close(capture.unpack_symmetric(statistics[index][f"gram.{owner}"]), inputs[name].T @ inputs[name])
             assert_close(statistics[index][f"mean.{owner}"], inputs[name].mean(0))
+            assert_close(statistics[index][f"abs_mean.{owner}"], inputs[name].abs().mean(0))
+            assert statistics[index][f"abs_mean.{owner}"].dtype == torch.float64
             gram = capture.unpack_symmetric(statistics[index][f"gradient_gram.{name}"])
             assert_close(gram, gradients[name].T @ gradients[name])
 
@@ -71,6 +73,8 @@ def test_shared_inputs_are_captured_once(model_folders: dict[str, Path]) -> None
     _, statistics, owners, _ = stream(model_folders["llama"])
     grams = sorted(name.rsplit(".", 1)[1] for name in statistics[0] if name.startswith("gram."))
     assert grams == ["down_proj", "gate_proj", "o_proj", "q_proj"]
+    assert {name.split(".", 1)[0] for name in statistics[0]} == {"gram", "mean", "abs_mean", "gradient_gram"}
+    assert len([name for name in statistics[0] if name.startswith("abs_mean.")]) == len(grams)
     short = {name.rsplit(".", 1)[1]: owner.rsplit(".", 1)[1] for name, owner in owners[0].items()}
     assert short["k_proj"] == short["v_proj"] == "q_proj" and short["up_proj"] == "gate_proj"
 
