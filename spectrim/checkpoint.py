@@ -19,6 +19,9 @@
     dense     NAME.weight          F16/BF16   (out, in)         W itself; the rank is n
     float16   NAME.weight          F16/BF16   (in, r)           R
               NAME.left            F16/BF16   (out, r)          L
+    pifa      NAME.weight          F16/BF16   (in, r)           Rᵀ: r rows of W, the pivots
+              NAME.left            F16/BF16   (out - r, r)      C: the other rows are C Rᵀ
+              NAME.order           I32        (out,)            W = [Rᵀ; C Rᵀ][order], so L = [I; C][order]
     int8      NAME.weight          I8         (in, r)           R = weight · weight_scale
               NAME.weight_scale    F32        (r,)
               NAME.left            I8         (out, r)          L = left · left_scale
@@ -54,7 +57,7 @@ VERSION = 1
 KEYS = {"quant_method", "version", "ratio", "stored_dtype", "matrices"}
 SIDES = ("left", "weight")
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-CODES = {"I8": torch.int8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {"I8": torch.int8, "I32": torch.int32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Matrix(NamedTuple):
@@ -159,6 +162,8 @@ def check_matrix(name: str, matrix: Matrix, found: Mapping[str, tuple[str, tuple
     """
     sizes = [sum(shape[0] for key, (_, shape) in found.items() if key in (side, f"{side}_tail")) for side in SIDES]
     out_features, in_features = found["weight"][1] if matrix.format == "dense" and "weight" in found else sizes
+    if matrix.format == "pifa":
+        out_features += matrix.rank  # the pivots themselves need no row of coefficients
     expected = stored_tensors(matrix.format, out_features, in_features, matrix.rank)
     for suffix in sorted(expected.keys() | found.keys()):
         if suffix not in found or suffix not in expected:

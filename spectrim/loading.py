@@ -45,7 +45,7 @@ class SpectrimQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return all(matrix.format in ("dense", "float16") for matrix in self.quantization_config.listed.values())
+        return all(matrix.format in ("dense", "float16", "pifa") for matrix in self.quantization_config.listed.values())
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         half = HALF[self.quantization_config.stored_dtype]

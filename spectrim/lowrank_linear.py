@@ -35,10 +35,18 @@ def stored_tensors(format: Format, out_features: int, in_features: int, rank: in
         float16  head = 0: the factor itself is 16-bit, without a scale
         int8     head = all rows
         remap    head = min(out, in) rows; only the longer factor has a tail (Wang et al., 2025, arXiv 2502.02723)
+        pifa     ``weight`` holds r of the matrix's own rows, ``left`` (out - r, r) the coefficients of the others, both
+                 16-bit, and ``order`` (out,) int32 where each row stands among the two
         dense    ``weight`` (out, in) in 16 bits, no factors
     """
     if format == "dense":
         return {"weight": Stored((out_features, in_features), None)}
+    if format == "pifa":
+        return {
+            "weight": Stored((in_features, rank), None),
+            "left": Stored((out_features - rank, rank), None),
+            "order": Stored((out_features,), torch.int32),
+        }
     tensors: dict[str, Stored] = {}
     for side, rows in (("weight", in_features), ("left", out_features)):
         head = {"float16": 0, "int8": rows, "remap": min(in_features, out_features)}[format]
@@ -56,19 +64,23 @@ class LowRankLinear(nn.Module):
     """y = (x rightᵀ) leftᵀ + bias, with W ≈ left @ right kept in its storage format.
 
     ``weight`` holds rightᵀ and ``left`` the left factor, see ``stored_tensors``; int8 factors stay int8 in memory and
-    are expanded inside each call. ``to(dtype)`` and ``half()`` change the 16-bit tensors and the bias only: int8 values
-    and their float32 scales keep their bits. The tensors are uninitialised until they are loaded or assigned.
+    are expanded inside each call. Of ``pifa`` y is [z, z leftᵀ] with z = x weight, its columns put in order.
+    ``to(dtype)`` and ``half()`` change the 16-bit tensors and the bias only: int8 values and their float32 scales keep
+    their bits. The tensors are uninitialised until they are loaded or assigned.
 
     Args:
         in_features, out_features: of the dense linear.
         rank: number of directions, at least 1.
-        format: ``float16`` | ``remap`` | ``int8``; ``float16`` factors take on the model's dtype.
+        format: ``float16`` | ``pifa`` | ``remap`` | ``int8``; 16-bit factors take on the model's dtype.
         bias: whether there is a bias (out,).
 
     Raises:
         ModelError: the rank is not in 1..min(in, out), or the format holds no factors.
     """
 
+    weight: nn.Parameter
+    left: nn.Parameter
+    order: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(
@@ -83,8 +95,8 @@ class LowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if format not in ("float16", "remap", "int8"):
-            raise ModelError(f"format {format!r} holds no factors; use float16, remap or int8")
+        if format not in ("float16", "pifa", "remap", "int8"):
+            raise ModelError(f"format {format!r} holds no factors; use float16, pifa, remap or int8")
         if not 1 <= rank <= min(in_features, out_features):
             raise ModelError(
                 f"rank {rank} of a ({out_features}, {in_features}) weight; must lie in 1..its shorter side"
@@ -115,11 +127,18 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
+        if self.format == "pifa":
+            pivots = x @ self.weight.to(x.dtype)
+            y = torch.cat([pivots, functional.linear(pivots, self.left.to(x.dtype))], -1).index_select(-1, self.order)
+            return y if self.bias is None else y + self.bias
         return functional.linear(x @ self.columns("weight", x.dtype), self.columns("left", x.dtype), self.bias)
 
     def columns(self, side: str, dtype: torch.dtype) -> Tensor:
         """The whole factor ``weight`` (in, rank) or ``left`` (out, rank) in ``dtype``, expanded from its format."""
         head: Tensor = getattr(self, side)
+        if self.format == "pifa" and side == "left":
+            identity = torch.eye(self.rank, dtype=dtype, device=head.device)
+            return torch.cat([identity, head.to(dtype)]).index_select(0, self.order)
         if head.is_floating_point():
             return head.to(dtype)
         expanded = dequantize_directions(head, getattr(self, f"{side}_scale"), dim=1, dtype=dtype)

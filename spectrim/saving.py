@@ -27,6 +27,7 @@ from spectrim.errors import CheckpointError
 from spectrim.lowrank_linear import stored_tensors
 from spectrim.maths.budget import Format, dense_bytes
 from spectrim.maths.lowrank import Factors
+from spectrim.maths.pivoting import pivot
 from spectrim.maths.quantization import balance, quantize_directions
 
 
@@ -37,13 +38,17 @@ def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16) -
 
     Args:
         factors: left (out, rank), right (rank, in), floating point.
-        format: ``float16`` | ``remap`` | ``int8``.
+        format: ``float16`` | ``pifa`` | ``remap`` | ``int8``.
         dtype: 16-bit dtype of what is not int8.
 
     Raises:
         CheckpointError: a value does not fit ``dtype``.
         NumericalError: a value is not finite.
     """
+    if format == "pifa":
+        pivoted = pivot(factors)
+        rows, coefficients = _narrow(pivoted.rows.mT, dtype), _narrow(pivoted.coefficients, dtype)
+        return {"weight": rows.contiguous(), "left": coefficients.contiguous(), "order": pivoted.order}
     left, right = balance(factors)
     sides = {"left": left, "weight": right.mT}
     packed: dict[str, Tensor] = {}

@@ -15,7 +15,7 @@ from spectrim.modules import compressible_linears
 from spectrim.saving import assemble, pack
 from tests import tiny
 
-FORMATS: tuple[Format, ...] = ("float16", "remap", "int8")
+FORMATS: tuple[Format, ...] = ("float16", "pifa", "remap", "int8")
 CASES = [(family, format) for family in tiny.FAMILIES for format in FORMATS]
 RANK = 8
 UP = "model.layers.0.mlp.up_proj"

@@ -16,7 +16,7 @@ from spectrim.maths.lowrank import Factors
 from spectrim.modules import compressible_linears, decoder_blocks, linears_by_block, replace
 from tests import tiny
 
-FORMATS: tuple[Format, ...] = ("float16", "remap", "int8")
+FORMATS: tuple[Format, ...] = ("float16", "pifa", "remap", "int8")
 SHAPES = ((24, 40), (40, 24), (32, 32))
 
 
@@ -29,6 +29,8 @@ def random_tensors(
     for suffix, stored in stored_tensors(format, out_features, in_features, rank).items():
         if stored.dtype == torch.int8:
             tensors[suffix] = torch.randint(-127, 128, stored.shape, generator=generator, dtype=torch.int8)
+        elif stored.dtype == torch.int32:
+            tensors[suffix] = torch.randperm(*stored.shape, generator=generator, dtype=torch.int32)
         else:
             tensors[suffix] = torch.rand(stored.shape, generator=generator).to(stored.dtype or dtype) / 100
     return tensors
@@ -36,6 +38,10 @@ def random_tensors(
 
 def reference_weight(tensors: dict[str, Tensor]) -> Tensor:
     """W = L Rᵀ in float64, element by element as the format says."""
+    if "order" in tensors:
+        rows = list(tensors["weight"].mT.double())
+        rows += [sum(c * row for c, row in zip(line.double(), rows, strict=True)) for line in tensors["left"]]
+        return torch.stack([rows[at] for at in tensors["order"]])
     sides = {}
     for side in ("left", "weight"):
         rows = [row.double() * tensors.get(f"{side}_scale", torch.ones(1)).double() for row in tensors[side]]

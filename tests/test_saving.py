@@ -105,8 +105,10 @@ def test_packing_loses_at_most_the_rounding_of_the_format(format: Format, shape:
     packed = pack(factors, format)
     kept = factors_of(LowRankLinear.from_tensors(packed, format, *shape, None))
     error = torch.linalg.matrix_norm(kept.left @ kept.right - factors.left @ factors.right)
-    allowed = {"float16": 1e-3, "remap": 2e-2, "int8": 2e-2}[format]
+    allowed = {"float16": 1e-3, "pifa": 4e-3, "remap": 2e-2, "int8": 2e-2}[format]
     assert error < allowed * torch.linalg.matrix_norm(factors.left @ factors.right)
+    if format == "pifa":  # its rows are the matrix's own: it has no directions
+        return
     # a scale for the whole factor instead of one per direction loses what the small directions hold
     spread = Factors(factors.left * torch.logspace(0, -4, 6), factors.right)
     last = factors_of(LowRankLinear.from_tensors(pack(spread, format), format, *shape, None))

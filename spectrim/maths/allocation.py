@@ -14,10 +14,13 @@ from itertools import pairwise
 from torch import Tensor
 
 from spectrim.errors import BudgetError, NumericalError
-from spectrim.maths.budget import Format, Shape, break_even_rank, dense_bytes, max_rank, rank_bytes, stored_bytes
+from spectrim.maths.budget import Format, Shape, break_even_rank, dense_bytes, matrix_bytes, max_rank, stored_bytes
 from spectrim.maths.budget import budget_bytes as bytes_at_ratio
 from spectrim.maths.lowrank import discarded
 from spectrim.maths.whitening import require_finite
+
+NO_RANK = 1e-9
+"""Below every rank: what a learned truncation at or under zero counts as."""
 
 Ladder = list[tuple[int, int, float]]
 """The choices of one matrix, ascending: (rank, bytes, loss)."""
@@ -122,7 +125,8 @@ def project(
     for index, (truncation, shape) in enumerate(zip(truncations, shapes, strict=True)):
         if not math.isfinite(truncation):
             raise NumericalError(f"truncation {index} is {truncation}; rank training diverged, lower its learning rate")
-        target = min(max(truncation, 0.0) * rank_bytes(format, *shape), stored_bytes(format, *shape, min(shape)))
+        inside = min(max(truncation, NO_RANK), min(shape))
+        target = min(matrix_bytes(format, *shape, inside), stored_bytes(format, *shape, min(shape)))
         costs = [(rank, stored_bytes(format, *shape, rank)) for rank in choices(shape, format, align)]
         ladders.append([(rank, cost, (cost - target) ** 2 / dense_bytes(*shape)) for rank, cost in costs])
     return _ranks(ladders, _nearest(ladders, budget_bytes))

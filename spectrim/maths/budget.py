@@ -8,23 +8,29 @@ A weight is (out, in); m = max(out, in), n = min(out, in), rank r <= n. Scales a
     remap    2 n r + 2 (m - n) r + 2 r s = 2 m r + 2 r s
              n rows of the longer factor and all of the shorter one int8, the other m - n rows 16 bit
              (Dobi-SVD, Wang et al. 2025, arXiv:2502.02723, Algorithm 3)
+    pifa     2 r (m + n - r) + i out                    r of the weight's rows, the others' coefficients, their order
+             (PIFA, Zhao et al. 2025, arXiv:2501.19090)
 
-with s = SCALE_BYTES. All of them are linear in r, so a rank and a byte count determine each other. A matrix whose
-factors would cost as much as the dense weight or more is stored dense. The ratio of a set of matrices is
+with s = SCALE_BYTES and i = INDEX_BYTES. All of them grow with r, so a rank and a byte count determine each other. A
+matrix whose factors would cost as much as the dense weight or more is stored dense. The ratio of a set of matrices is
 Σ stored_bytes / Σ dense_bytes, in (0, 1].
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from fractions import Fraction
 from typing import Literal
 
 from spectrim.errors import BudgetError
 
-Format = Literal["float16", "remap", "int8", "dense"]
+Format = Literal["float16", "pifa", "remap", "int8", "dense"]
 Shape = tuple[int, int]
 
 SCALE_BYTES = 4
 """One float32 scale per direction and side of a quantized pair of factors."""
+
+INDEX_BYTES = 4
+"""One int32 per row: where it stands among the pivots and the rows made from them."""
 
 
 def dense_bytes(out: int, in_: int) -> int:
@@ -32,34 +38,29 @@ def dense_bytes(out: int, in_: int) -> int:
     return 2 * out * in_
 
 
-def rank_bytes(format: Format, out: int, in_: int) -> int:
-    """Bytes that one more direction costs in ``format``: matrix_bytes(r) = r · rank_bytes.
+def matrix_bytes(format: Format, out: int, in_: int, rank: float) -> int:
+    """Bytes of a matrix stored in ``format`` at ``rank``, scales and indices included; a rank is ignored for "dense".
+
+    A fractional rank, as training has them, is interpolated and rounded down.
 
     Raises:
-        BudgetError: ``format`` has no factors ("dense") or is unknown.
-    """
-    match format:
-        case "float16":
-            return 2 * (out + in_)
-        case "remap":
-            return 2 * max(out, in_) + 2 * SCALE_BYTES
-        case "int8":
-            return out + in_ + 2 * SCALE_BYTES
-        case _:
-            raise BudgetError(f"format {format!r} stores no factors; use one of float16, remap, int8")
-
-
-def matrix_bytes(format: Format, out: int, in_: int, rank: int) -> int:
-    """Bytes of a matrix stored in ``format`` at ``rank``, scales included; ``rank`` is ignored for "dense".
-
-    Raises:
-        BudgetError: the rank is not in [1, min(out, in)], or the format is unknown.
+        BudgetError: the rank is not in (0, min(out, in)], or the format is unknown.
     """
     if format == "dense":
         return dense_bytes(out, in_)
-    if not 1 <= rank <= min(out, in_):
+    if not 0 < rank <= min(out, in_):
         raise BudgetError(f"rank {rank} of a ({out}, {in_}) matrix; it must lie in [1, {min(out, in_)}]")
-    return rank * rank_bytes(format, out, in_)
+    match format:
+        case "float16":
+            return int(2 * rank * (out + in_))
+        case "pifa":
+            return int(2 * rank * (out + in_ - rank)) + INDEX_BYTES * out
+        case "remap":
+            return int(2 * rank * (max(out, in_) + SCALE_BYTES))
+        case "int8":
+            return int(rank * (out + in_ + 2 * SCALE_BYTES))
+        case _:
+            raise BudgetError(f"format {format!r} stores no factors; use one of float16, pifa, remap, int8")
 
 
 def resolve_format(format: Format, out: int, in_: int, rank: int) -> Format:
@@ -74,14 +75,16 @@ def stored_bytes(format: Format, out: int, in_: int, rank: int) -> int:
 
 def break_even_rank(format: Format, out: int, in_: int) -> int:
     """Largest rank whose factors are strictly cheaper than the dense weight, in [0, min(out, in)]."""
-    return min((dense_bytes(out, in_) - 1) // rank_bytes(format, out, in_), min(out, in_))
+    ranks = range(1, min(out, in_) + 1)
+    return bisect_left(ranks, dense_bytes(out, in_), key=lambda rank: matrix_bytes(format, out, in_, rank))
 
 
 def max_rank(format: Format, out: int, in_: int, budget_bytes: int) -> int:
     """Largest rank with stored_bytes <= budget_bytes; 0 if rank 1 is too dear, min(out, in) where dense fits."""
     if budget_bytes >= dense_bytes(out, in_):
         return min(out, in_)
-    return max(0, min(budget_bytes // rank_bytes(format, out, in_), break_even_rank(format, out, in_)))
+    ranks = range(1, break_even_rank(format, out, in_) + 1)
+    return bisect_right(ranks, budget_bytes, key=lambda rank: matrix_bytes(format, out, in_, rank))
 
 
 def budget_bytes(shapes: Iterable[Shape], ratio: float) -> int:

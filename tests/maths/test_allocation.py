@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from spectrim.errors import BudgetError, NumericalError
 from spectrim.maths.allocation import choices, fisher, project, uniform
-from spectrim.maths.budget import break_even_rank, budget_bytes, rank_bytes, resolve_format, stored_bytes
+from spectrim.maths.budget import break_even_rank, budget_bytes, matrix_bytes, resolve_format, stored_bytes
 from spectrim.maths.lowrank import discarded
 from tests import reference
 
 LLAMA = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
-FORMATS = ["float16", "remap", "int8"]
+FORMATS = ["float16", "pifa", "remap", "int8"]
 formats = st.sampled_from(FORMATS)
 aligns = st.sampled_from([1, 2, 8])
 shape_lists = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6)
@@ -229,7 +229,7 @@ def test_project_is_near_the_nearest_ranks(shapes, data):
     truncations = [data.draw(st.floats(1, min(shape))) for shape in shapes]
     budget = draw_budget(data, "remap", shapes, 1)
     wanted = [
-        min(tau * rank_bytes("remap", *shape), stored_bytes("remap", *shape, min(shape)))
+        min(matrix_bytes("remap", *shape, min(tau, min(shape))), stored_bytes("remap", *shape, min(shape)))
         for tau, shape in zip(truncations, shapes, strict=True)
     ]
     if sum(wanted) < budget:  # then filling the budget moves the ranks away on purpose
@@ -241,7 +241,7 @@ def test_project_is_near_the_nearest_ranks(shapes, data):
     best, _ = reference.cheapest(ladders, budget)
     ranks = project(truncations, shapes, budget, "remap", 1)
     found = sum(next(d for r, _, d in ladder if r == rank) for ladder, rank in zip(ladders, ranks, strict=True))
-    steps = sum(rank_bytes("remap", *shape) ** 2 / (2 * shape[0] * shape[1]) for shape in shapes)
+    steps = sum(matrix_bytes("remap", *shape, 1) ** 2 / (2 * shape[0] * shape[1]) for shape in shapes)
     assert found**0.5 <= best**0.5 + 2 * steps**0.5
 
 
