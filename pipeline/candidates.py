@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.console import bar, progress
 from pipeline.measure import load_model
-from pipeline.params import Compression, TrainRanks
+from pipeline.sections import Compression, TrainRanks
 from spectrim.capture import gram_of
 from spectrim.maths import allocation, budget
 from spectrim.maths.lowrank import Factors, closed_form, truncate

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pipeline.params import SPLITS, Text
+from pipeline.sections import SPLITS, Text
 from pipeline.sources import fetch, hub_rows
 from spectrim.errors import ConfigError, DataError, SourceError
 

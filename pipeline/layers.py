@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import console, prefect_engine
-from pipeline.params import Runtime
+from pipeline.sections import Runtime
 from pipeline.store import LayerStore
 from spectrim.errors import OrchestrationError, SpectrimError
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.artifacts import artifact, read_json
-from pipeline.params import UpdateWeights
+from pipeline.sections import UpdateWeights
+from pipeline.texts import load_windows
 from spectrim.blocks import BlockModel
 from spectrim.capture import batches, forward_block, gram_of
 from spectrim.maths.lowrank import Factors
@@ -20,8 +21,8 @@ from spectrim.weight_update import closed_form_factors, ipca_factors, relative_e
 class Update:
     """Computes and writes the factors of one block per call; `ipca` walks the blocks in order."""
 
-    def __init__(self, model: BlockModel, captured: Path, windows: Tensor, settings: UpdateWeights) -> None:
-        self.model, self.captured, self.windows, self.settings = model, captured, windows, settings
+    def __init__(self, model: BlockModel, captured: Path, calibration: Path, settings: UpdateWeights) -> None:
+        self.model, self.captured, self.calibration, self.settings = model, captured, calibration, settings
         self._hidden: tuple[int, Tensor] | None = None
 
     def inputs(self, index: int) -> list[Path]:
@@ -35,7 +36,7 @@ class Update:
         if self.settings.method != "ipca":
             return [model, self.settings.method]
         tokens = read_json(artifact("calibrate") / "calibrate.json")["calibration"]["tokens_sha256"]
-        return [model, tokens, self.settings.method, self.settings.ipca, len(self.windows)]
+        return [model, tokens, self.settings.method, self.settings.ipca, self.settings.ipca_windows]
 
     def factors(self, index: int, ranks: Mapping[str, int], folder: Path) -> None:
         """Write LINEAR.left and LINEAR.right, float32, of block ``index``; relative errors in its metadata."""
@@ -65,7 +66,8 @@ class Update:
     def _entering(self, index: int) -> Tensor:
         """Hidden states of the original model before block ``index``; only ever walks forward."""
         if self._hidden is None or self._hidden[0] > index:
-            parts = [self.model.embed(self.windows[part]).cpu() for part in batches(len(self.windows), 1)]
+            windows = load_windows(self.calibration)[: self.settings.ipca_windows]
+            parts = [self.model.embed(windows[part]).cpu() for part in batches(len(windows), 1)]
             self._hidden = (0, torch.cat(parts))
         while self._hidden[0] < index:
             at, hidden = self._hidden

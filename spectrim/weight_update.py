@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.blocks import BlockModel
-from spectrim.maths.lowrank import Factors, closed_form, truncate
+from spectrim.maths.lowrank import Factors, closed_form, output_error, truncate
 from spectrim.maths.subspace import IncrementalPCA, MeanProjector, ipca_update, top_right_singular_vectors
 
 
@@ -71,9 +71,7 @@ def ipca_factors(
 
 
 def relative_error(weight: Tensor, factors: Factors, gram: Tensor) -> float:
-    """‖X(W − W')ᵀ‖_F / ‖XWᵀ‖_F from G = XᵀX (in, in); float64."""
-    weight = weight.double()
-    difference = weight - factors.left.double() @ factors.right.double()
-    lost = torch.sum((difference @ gram) * difference)
-    whole = torch.sum((weight @ gram) * weight)
-    return float((lost.clamp_min(0) / whole).sqrt()) if whole > 0 else 0.0
+    """‖X(W − W')ᵀ‖_F / ‖XWᵀ‖_F from G = XᵀX (in, in), float64; 0 where the outputs are."""
+    nothing = Factors(weight[:, :0], weight[:0])  # rank 0: W' = 0
+    whole = output_error(weight, nothing, gram)
+    return output_error(weight, factors, gram) / whole if whole > 0 else 0.0

@@ -16,7 +16,8 @@ from pipeline import measure, metrics
 from pipeline.artifacts import artifact, read_json, write_json
 from pipeline.console import progress, run
 from pipeline.devices import resolve
-from pipeline.params import Evaluate, load
+from pipeline.params import load
+from pipeline.sections import Evaluate
 from pipeline.tasks import load_tasks, run_tasks
 from pipeline.text_file import file_windows
 from spectrim.checkpoint import read_bytes

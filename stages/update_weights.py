@@ -1,25 +1,27 @@
-"""The factors of every matrix at its rank.
+"""The factors of every matrix at its rank, and their refinement.
 
-reads   artifacts/prepare, artifacts/capture, artifacts/train_ranks/ranks.json, artifacts/calibrate (ipca)
-writes  artifacts/update_weights: one file of factors per block, summary.json
-params  update_weights, compression.exclude
+reads   artifacts/prepare, artifacts/capture, artifacts/train_ranks/ranks.json, artifacts/calibrate
+writes  artifacts/update_weights: one file of factors per block, refinement.csv, summary.json
+params  update_weights, compression.{exclude,seed}
 """
 
 import json
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
-from pipeline import updates
+from pipeline import refine, updates
 from pipeline.artifacts import artifact, fresh_folder, read_json, sha256_file, write_json
 from pipeline.console import run
 from pipeline.devices import resolve
 from pipeline.layers import LayerTask, run_layers
-from pipeline.params import load
+from pipeline.params import Params, load
 from pipeline.store import LayerStore, code_digest, key, link_or_copy
 from pipeline.texts import load_windows
-from spectrim import blocks, modules, weight_update
-from spectrim.maths import lowrank, subspace
+from spectrim import blocks, capture, evaluation, lowrank_linear, modules, refinement, weight_update
+from spectrim.maths import lowrank, subspace, whitening
 
 
 def main() -> None:
@@ -27,14 +29,13 @@ def main() -> None:
     params, store = load(), LayerStore()
     settings = params.update_weights
     model = blocks.BlockModel(artifact("prepare"), resolve(params.runtime.device), tuple(params.compression.exclude))
-    windows = load_windows(artifact("calibrate") / "calibration.parquet")[: settings.ipca_windows]
     ranks = {
         name: matrix["rank"]
         for name, matrix in read_json(artifact("train_ranks") / "ranks.json")["matrices"].items()
         if matrix["format"] != "dense"
     }
-    update = updates.Update(model, artifact("capture"), windows, settings)
-    code = code_digest(updates, blocks, modules, weight_update, lowrank, subspace)
+    update = updates.Update(model, artifact("capture"), artifact("calibrate", "calibration.parquet"), settings)
+    code = code_digest(updates, blocks, capture, modules, weight_update, lowrank, subspace, whitening)
     tasks = []
     for index, block in enumerate(model.names):
         wanted = {name: ranks[name] for name in model.linears[index] if name in ranks}
@@ -42,13 +43,53 @@ def main() -> None:
         identity = (code, wanted, upstream, str(model.device), *update.identity())
         tasks.append(LayerTask(block, key("update_weights", block, *identity), partial(update.factors, index, wanted)))
     entries = run_layers("update_weights", tasks, params.runtime, store, ordered=settings.method == "ipca")
+    files = [entries[block] / f"{index:03}.safetensors" for index, block in enumerate(model.names)]
+    refined = _refined(params, model, files, store) if settings.refinement.steps and ranks else None
     with fresh_folder(artifact("update_weights")) as out:
-        errors: dict[str, float] = {}
-        for index, block in enumerate(model.names):
-            link_or_copy(entries[block], out)
-            with safe_open(out / f"{index:03}.safetensors", framework="pt") as file:
-                errors |= json.loads(file.metadata()["relative_error"])
-        write_json(out / "summary.json", {"method": settings.method, "relative_error": errors})
+        for folder in [refined] if refined else [file.parent for file in files]:
+            link_or_copy(folder, out)
+        if refined is None:
+            refine.write_curve(out / refine.CURVE, [])
+        write_json(
+            out / "summary.json",
+            {
+                "method": settings.method,
+                "relative_error": _relative_errors(files),
+                "refinement": read_json(refined / refine.SUMMARY) if refined else None,
+            },
+        )
+
+
+def _refined(params: Params, model: blocks.BlockModel, files: list[Path], store: LayerStore) -> Path:
+    """The store entry of the refined factors, as one more layer of the stage."""
+    settings, seed = params.update_weights.refinement, params.compression.seed
+    calibrate, prepared = artifact("calibrate"), artifact("prepare")
+    tokens = read_json(calibrate / "calibrate.json")
+    name = key(
+        "update_weights",
+        "refinement",
+        code_digest(refine, refinement, blocks, capture, modules, lowrank_linear, evaluation),
+        read_json(prepared / "prepare.json")["model_sha256"],
+        [tokens[part]["tokens_sha256"] for part in ("calibration", "validation")],
+        [sha256_file(file) for file in files],
+        settings,
+        seed,
+        str(model.device),
+    )
+    windows, validation = (load_windows(calibrate / f"{part}.parquet") for part in ("calibration", "validation"))
+    hidden = capture.last_hidden(artifact("capture"))
+    run = refine.Refine(prepared, model, files, windows, hidden, validation, settings, seed, store, name)
+    entries = run_layers("refinement", [LayerTask("refinement", name, run)], params.runtime, store, ordered=True)
+    return entries["refinement"]
+
+
+def _relative_errors(files: list[Path]) -> dict[str, Any]:
+    """Linear name -> relative output error of the factors before refinement, from the files' metadata."""
+    errors: dict[str, Any] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            errors |= json.loads(file.metadata()["relative_error"])
+    return errors
 
 
 if __name__ == "__main__":

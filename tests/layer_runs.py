@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.layers import run_layers
-from pipeline.params import Runtime
+from pipeline.sections import Runtime
 from pipeline.store import LayerStore
 from tests.layer_worker import names, tasks_of
 from tests.test_artifacts import tree

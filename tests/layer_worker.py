@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline import console
 from pipeline.layers import LayerTask, run_layers
-from pipeline.params import Runtime
+from pipeline.sections import Runtime
 from pipeline.store import LayerStore, key
 
 

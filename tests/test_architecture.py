@@ -22,6 +22,7 @@ MAX_FUNCTION_LINES = 60
 # They check, report, run tasks or convey values that DVC tracks by itself, and cannot change a result.
 NO_RESULT = {
     "pipeline/params.py",
+    "pipeline/sections.py",
     "pipeline/console.py",
     "pipeline/layers.py",
     "pipeline/prefect_engine.py",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.layers import LayerTask, run_layers
-from pipeline.params import Runtime
+from pipeline.sections import Runtime
 from pipeline.store import LayerStore
 from spectrim.errors import NumericalError, OrchestrationError, StorageError
 from tests.layer_runs import INLINE, computed, finished, last_line, resume, wait_for, worker

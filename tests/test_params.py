@@ -15,6 +15,8 @@ from tests.tiny import REPOSITORY
 
 Problems = Callable[..., list[str]]
 
+REFINEMENT = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))["update_weights"]["refinement"]
+
 # section.key -> values that must be refused
 REFUSED: dict[str, list[Any]] = {
     "model.source": [None, 3, ""],
@@ -52,6 +54,13 @@ REFUSED: dict[str, list[Any]] = {
     "update_weights.method": ["svd"],
     "update_weights.ipca": ["batch"],
     "update_weights.ipca_windows": [0, 10**6],
+    "update_weights.refinement": [
+        {**REFINEMENT, key: value}
+        for key, value in (
+            *(("steps", -1), ("batch_size", 0), ("seq_len", 1), ("learning_rate", 0.0), ("kl_weight", 1.5)),
+            *(("validate_every", 0), ("patience", 0), ("checkpointing", "yes"), ("rate", 1.0)),
+        )
+    ],
     "remap.format": ["float32"],
     "remap.max_shard_size": [5, "", "large", "-1GB"],
     "baseline.quantization": [["int2"], "int8"],
@@ -155,6 +164,7 @@ def test_values_that_contradict_each_other_are_reported_together(content: dict[s
         "capture.gradient_seq_len",
         "train_ranks.seq_len",
         "update_weights.ipca_windows",
+        "update_weights.refinement.seq_len",
     }
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from pipeline.layers import run_layers
-from pipeline.params import Runtime
+from pipeline.sections import Runtime
 from pipeline.store import LayerStore
 from spectrim.errors import OrchestrationError
 from tests.layer_runs import PROJECT, computed, finished, gone, last_line, resume, wait_for, worker

@@ -47,7 +47,7 @@ def make_artifacts(root: Path) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-@pytest.mark.parametrize("format", ["same", "remap", "int8"])
+@pytest.mark.parametrize("format", ["same", "pifa", "remap", "int8"])
 def test_the_checkpoint_has_the_budgeted_bytes_and_a_resumed_run_gives_the_same(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline import texts
 from pipeline.documents import documents, plain_text, read, split
-from pipeline.params import Text
+from pipeline.sections import Text
 from spectrim.errors import ConfigError, DataError, SourceError, StorageError
 from tests import tiny
 

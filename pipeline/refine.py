@@ -1,0 +1,181 @@
+"""The refinement of `update_weights`: one run over all factors that goes on where a killed run stopped.
+
+Every ``validate_every`` steps the factors are measured on the validation windows, and everything the run depends on is
+put into the store. The best factors seen are the result; the ones it began with are among them.
+"""
+
+import csv
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.artifacts import read_json, write_json
+from pipeline.console import bar, say
+from pipeline.measure import load_model
+from pipeline.sections import Refinement as Settings
+from pipeline.store import LayerStore, key
+from spectrim.blocks import BlockModel
+from spectrim.evaluation import perplexity
+from spectrim.maths.lowrank import Factors
+from spectrim.refinement import Refinement, attach
+
+CURVE = "refinement.csv"
+SUMMARY = "refinement.json"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line of the curve: the mean loss of the steps since the last line, and the validation loss, nats per token.
+
+    ``loss`` of step 0 is that of nothing, and empty.
+    """
+
+    step: int
+    loss: float | None
+    validation_loss: float
+
+
+class Refine:
+    """Trains the factors in ``files`` (one per block, LINEAR.left and LINEAR.right) and writes the best of them.
+
+    Args:
+        prepared: folder of the dense model.
+        model: the same model block by block; its head gives the teacher's logits.
+        files: what the closed form left, one file per block.
+        windows, hidden: calibration windows (windows, seq) and what left the dense model's last block for them.
+        validation: windows that are only measured on.
+        name: identifies everything the run depends on, for its snapshots.
+    """
+
+    def __init__(
+        self,
+        prepared: Path,
+        model: BlockModel,
+        files: Sequence[Path],
+        windows: Tensor,
+        hidden: Tensor,
+        validation: Tensor,
+        settings: Settings,
+        seed: int,
+        store: LayerStore,
+        name: str,
+    ) -> None:
+        self.prepared, self.model, self.files = prepared, model, files
+        self.windows, self.hidden, self.validation = windows, hidden, validation
+        self.settings, self.seed, self.store, self.name = settings, seed, store, name
+        self.curve: list[Point] = []
+        self.best: dict[str, Factors] = {}
+
+    def __call__(self, folder: Path) -> None:
+        """Train, and write one file of factors per block, the curve and a summary into ``folder``."""
+        settings = self.settings
+        student = load_model(self.prepared, self.model.device)
+        if settings.checkpointing:
+            student.gradient_checkpointing_enable()
+        run = Refinement(
+            student,
+            attach(student, _read(self.files)),
+            self._teacher(),
+            self.windows[:, : settings.seq_len],
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            kl_weight=settings.kl_weight,
+            seed=self.seed,
+        )
+        self._resume(run)
+        if not self.curve:
+            self._measure(run, None)
+        with bar("update_weights: refinement", settings.steps, initial=run.step, unit="step") as progress:
+            while run.step < settings.steps and not self._worn():
+                losses = []
+                for _ in range(min(settings.validate_every, settings.steps - run.step)):
+                    losses.append(run.advance())
+                    progress.set_postfix(loss=f"{losses[-1]:.4f}", validation=f"{self.curve[-1].validation_loss:.4f}")
+                    progress.update()
+                self._measure(run, math.fsum(losses) / len(losses))
+                self._keep(run)
+        self._write(folder)
+        self._forget(run.step)
+
+    def _teacher(self):  # type: ignore[no-untyped-def]
+        hidden = self.hidden[:, : self.settings.seq_len]
+        return lambda tokens, chosen: self.model.logits(tokens, hidden[chosen].to(self.model.device))
+
+    def _measure(self, run: Refinement, loss: float | None) -> None:
+        """Add a point to the curve, and keep the factors when none before were as good."""
+        run.model.eval()
+        measured = math.log(perplexity(run.model, self.validation)["perplexity"])  # type: ignore[arg-type]
+        if not self.curve or measured < min(point.validation_loss for point in self.curve):
+            self.best = run.factors()
+        self.curve.append(Point(run.step, loss, measured))
+
+    def _worn(self) -> bool:
+        """Whether the last ``patience`` measurements brought nothing better."""
+        losses = [point.validation_loss for point in self.curve]
+        return len(losses) - 1 - losses.index(min(losses)) >= self.settings.patience
+
+    def _keep(self, run: Refinement) -> None:
+        """Put the state of the run into the store, and drop the one before."""
+
+        def write(folder: Path) -> None:
+            save_file(run.state(), folder / "state.safetensors")
+            save_file(_tensors(self.best), folder / "best.safetensors")
+            write_json(folder / "curve.json", [asdict(point) for point in self.curve])
+
+        before = run.step - self.settings.validate_every
+        self.store.commit(self._key(run.step), write)
+        shutil.rmtree(self.store.path(self._key(before)), ignore_errors=True)
+
+    def _resume(self, run: Refinement) -> None:
+        """Go on from the newest snapshot, if there is one."""
+        every, steps = self.settings.validate_every, self.settings.steps
+        for step in sorted({*range(every, steps, every), steps}, reverse=True):
+            if entry := self.store.lookup(self._key(step)):
+                run.restore(load_file(entry / "state.safetensors"), step)
+                self.best = _factors(load_file(entry / "best.safetensors"))
+                self.curve = [Point(**point) for point in read_json(entry / "curve.json")]
+                say(f"update_weights: refinement: goes on after step {step} of {steps}")
+                return
+
+    def _write(self, folder: Path) -> None:
+        for file in self.files:
+            names = {name.rpartition(".")[0] for name in load_file(file)}
+            save_file(_tensors({name: self.best[name] for name in sorted(names)}), folder / file.name)
+        write_curve(folder / CURVE, self.curve)
+        losses = [point.validation_loss for point in self.curve]
+        summary = {"steps": self.curve[losses.index(min(losses))].step, "before": losses[0], "after": min(losses)}
+        write_json(folder / SUMMARY, summary)
+
+    def _forget(self, step: int) -> None:
+        shutil.rmtree(self.store.path(self._key(step)), ignore_errors=True)
+
+    def _key(self, step: int) -> str:
+        return key("refinement", self.name, step)
+
+
+def write_curve(path: Path, curve: Sequence[Point]) -> None:
+    """One line per measurement; the header alone when nothing was refined."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(Point.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in curve)
+
+
+def _read(files: Sequence[Path]) -> dict[str, Factors]:
+    return {name: pair for file in files for name, pair in _factors(load_file(file)).items()}
+
+
+def _factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+    names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    return {name: Factors(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in names}
+
+
+def _tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    sides = {f"{name}.{side}": tensor for name, pair in factors.items() for side, tensor in pair._asdict().items()}
+    return {name: tensor.contiguous() for name, tensor in sides.items()}

@@ -1,0 +1,185 @@
+"""Factors trained until the compressed model predicts what the dense model predicts.
+
+    min over the factors of  Σ_t [ λ KL(p_t ‖ q_t) + (1 − λ) (−log q_t[x_{t+1}]) ]
+
+p_t and q_t are the next-token distributions of the dense and of the compressed model on the calibration windows, λ the
+``kl_weight``. Everything but the factors stays as it is: norms, embeddings, biases and the matrices left dense. The
+closed form starts it, AdamW with a linear warm-up and a cosine descent ends it. What the next step depends on is in
+``Refinement.state``, so that a run may be killed and continued with the same bits.
+
+Source: distillation, Hinton et al. 2015, arXiv:1503.02531; on the factors of a truncated model, AA-SVD 2026,
+arXiv:2604.02119.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from spectrim.errors import NumericalError
+from spectrim.lowrank_linear import LowRankLinear
+from spectrim.maths.lowrank import Factors
+from spectrim.maths.quantization import balance
+from spectrim.modules import replace
+
+WARMUP = 0.06  # of the steps
+FLOOR = 0.05  # of the learning rate, at the last step
+BETAS = (0.9, 0.95)
+CLIP = 1.0  # norm of the gradient over all factors
+
+
+def attach(model: nn.Module, factors: Mapping[str, Factors]) -> dict[str, LowRankLinear]:
+    """Put float32 factors in the place of the linears of their names; only they can be trained afterwards.
+
+    The norm of each direction is shared by both factors first, so that one learning rate suits both.
+
+    Args:
+        model: changed in place.
+        factors: linear name -> left (out, rank), right (rank, in).
+    """
+    model.requires_grad_(False)
+    modules = {}
+    for name, pair in factors.items():
+        linear: Any = model.get_submodule(name)
+        even = balance(Factors(*(part.to(linear.weight.device, torch.float32) for part in pair)))
+        modules[name] = LowRankLinear.from_factors(even, linear.bias)
+        if (bias := modules[name].bias) is not None:
+            bias.requires_grad_(False)
+        replace(model, name, modules[name])
+    return modules
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor, tokens: Tensor, kl_weight: float) -> Tensor:
+    """mean_t λ KL(p_t ‖ q_t) + (1 − λ) (−log q_t[x_{t+1}]), in nats per token, float32.
+
+    The cross-entropy's mean is over the positions that have a next token, the divergence's over all.
+
+    Args:
+        logits: of the compressed model, (windows, seq, vocabulary).
+        teacher: of the dense model, the same shape, without gradient; not read when λ = 0.
+        tokens: (windows, seq) int64.
+        kl_weight: λ in [0, 1].
+    """
+    loss = logits.new_zeros((), dtype=torch.float32)
+    if kl_weight:
+        expected = teacher.flatten(0, 1).float().log_softmax(-1)
+        chances = expected.exp()
+        entropy = -(chances * expected).sum(-1).mean()
+        loss = loss + kl_weight * (cross_entropy(logits.flatten(0, 1).float(), chances) - entropy)
+    if kl_weight < 1:
+        predicted, following = logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()
+        loss = loss + (1 - kl_weight) * cross_entropy(predicted, following.to(logits.device))
+    return loss
+
+
+class Refinement:
+    """A training run over the factors of ``model``; ``advance`` takes one step, ``state`` is all it depends on.
+
+    Args:
+        model: with its factors attached.
+        modules: linear name -> its module, as ``attach`` returns them.
+        teacher: (tokens (batch, seq), indices of the windows) -> logits of the dense model, (batch, seq, vocabulary).
+        windows: (windows, seq) int64; each step takes ``batch_size`` of them in a seeded order, every window once
+            before any comes again.
+        steps: of the whole run; the learning rate's course depends on it.
+        learning_rate: its peak, for factors with even norms.
+        kl_weight: λ; 1 learns from the dense model alone, 0 from the text alone.
+        seed: of the order of the windows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, LowRankLinear],
+        teacher: Callable[[Tensor, Tensor], Tensor],
+        windows: Tensor,
+        *,
+        steps: int,
+        batch_size: int,
+        learning_rate: float,
+        kl_weight: float,
+        seed: int,
+    ) -> None:
+        self.model, self.teacher, self.windows = model, teacher, windows
+        self.steps, self.batch_size, self.kl_weight = steps, batch_size, kl_weight
+        self.step = 0
+        self.parameters = {
+            f"{name}.{side}": parameter
+            for name, module in modules.items()
+            for side, parameter in (("left", module.left), ("weight", module.weight))
+        }
+        self._optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=learning_rate, betas=BETAS, weight_decay=0.0, foreach=False
+        )
+        self._peak = learning_rate
+        self._order = _order(len(windows), steps * batch_size, seed)
+
+    def advance(self) -> float:
+        """One step; returns its loss in nats per token before the step.
+
+        Raises:
+            NumericalError: the loss is not finite.
+        """
+        chosen = self._order[self.step * self.batch_size : (self.step + 1) * self.batch_size]
+        tokens = self.windows[chosen]
+        with torch.no_grad():
+            teacher = self.teacher(tokens, chosen) if self.kl_weight else torch.empty(0)
+        device = next(iter(self.parameters.values())).device
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            logits = self.model(input_ids=tokens.to(device), use_cache=False).logits
+        loss = distillation_loss(logits, teacher, tokens, self.kl_weight)
+        if not torch.isfinite(loss):
+            raise NumericalError(
+                f"refinement step {self.step}: the loss is {loss.item()}; lower refinement.learning_rate"
+            )
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._peak * course(self.step, self.steps)
+        self._optimizer.step()
+        self.step += 1
+        return loss.item()
+
+    def state(self) -> dict[str, Tensor]:
+        """``parameter.NAME``, and after the first step AdamW's ``mean.NAME`` and ``square.NAME``; all on the CPU."""
+        tensors = {f"parameter.{name}": value.detach() for name, value in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            if moments := self._optimizer.state.get(parameter):
+                tensors[f"mean.{name}"], tensors[f"square.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
+        return {name: value.to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+
+    def restore(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Go on after ``step`` steps from what ``state`` returned then."""
+        self.step = step
+        for name, parameter in self.parameters.items():
+            with torch.no_grad():
+                parameter.copy_(state[f"parameter.{name}"])
+            if step:
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": state[f"mean.{name}"].to(parameter.device, copy=True),
+                    "exp_avg_sq": state[f"square.{name}"].to(parameter.device, copy=True),
+                }
+
+    def factors(self) -> dict[str, Factors]:
+        """The factors as they are now: linear name -> left (out, rank), right (rank, in), float32 copies on the CPU."""
+        names = dict.fromkeys(name.rpartition(".")[0] for name in self.parameters)
+        sides = {name: value.detach().to("cpu", copy=True) for name, value in self.parameters.items()}
+        return {name: Factors(sides[f"{name}.left"], sides[f"{name}.weight"].mT.contiguous()) for name in names}
+
+
+def course(step: int, steps: int) -> float:
+    """The learning rate at ``step`` of ``steps`` relative to its peak: linear warm-up, then half a cosine to FLOOR."""
+    warmup = max(1, round(WARMUP * steps))
+    descent = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / warmup) * descent
+
+
+def _order(n_windows: int, n_draws: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(n_windows, generator=generator) for _ in range(-(-n_draws // n_windows))]
+    return torch.cat(rounds)[:n_draws]

@@ -1,0 +1,157 @@
+"""Refinement minimises what it says, touches nothing but the factors, and continues with the same bits."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectrim.errors import NumericalError
+from spectrim.lowrank_linear import LowRankLinear
+from spectrim.maths.lowrank import Factors
+from spectrim.modules import compressible_linears
+from spectrim.refinement import FLOOR, Refinement, attach, course, distillation_loss
+from tests import reference, tiny
+
+WINDOWS = torch.randint(2, 200, (6, 16), generator=torch.Generator().manual_seed(1))
+SETTINGS = {"steps": 6, "batch_size": 2, "learning_rate": 3e-3, "kl_weight": 1.0, "seed": 0}
+
+
+def svd_factors(model: torch.nn.Module, share: float = 0.3) -> dict[str, Factors]:
+    factors = {}
+    for name, linear in compressible_linears(model).items():
+        u, s, v = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
+        rank = max(1, int(share * len(s)))
+        factors[name] = Factors((u * s)[:, :rank], v[:rank])
+    return factors
+
+
+def student(family: str = "llama") -> tuple[PreTrainedModel, dict[str, LowRankLinear]]:
+    model = tiny.model(family)
+    return model, attach(model, svd_factors(model))
+
+
+def teacher(family: str = "llama"):  # type: ignore[no-untyped-def]
+    dense = tiny.model(family)
+    return lambda tokens, chosen: dense(input_ids=tokens, use_cache=False).logits
+
+
+def refinement(family: str = "llama", **changes: float) -> Refinement:
+    model, modules = student(family)
+    return Refinement(model, modules, teacher(family), WINDOWS, **{**SETTINGS, **changes})  # type: ignore[arg-type]
+
+
+def divergence(run: Refinement) -> float:
+    dense = teacher()
+    with torch.no_grad():
+        logits = run.model(input_ids=WINDOWS, use_cache=False).logits
+        return float(distillation_loss(logits, dense(WINDOWS, None), WINDOWS, 1.0))
+
+
+@given(st.integers(0, 1000), st.integers(1, 3), st.integers(2, 5), st.floats(0, 1))
+def test_loss_is_the_mean_of_divergence_and_cross_entropy(seed: int, windows: int, seq: int, weight: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits, expected = (3 * torch.randn(windows, seq, 7, generator=generator) for _ in range(2))
+    tokens = torch.randint(0, 7, (windows, seq), generator=generator)
+    found = distillation_loss(logits, expected, tokens, weight)
+    assert float(found) == pytest.approx(reference.distillation_loss(logits, expected, tokens, weight), abs=1e-5)
+
+
+def test_nothing_is_learned_from_oneself() -> None:
+    """The divergence of a model from itself is zero, and so is its gradient; the text still teaches."""
+    logits = torch.randn(2, 5, 9, requires_grad=True)
+    tokens = torch.randint(0, 9, (2, 5))
+    for weight, taught in ((1.0, False), (0.5, True)):
+        loss = distillation_loss(logits, logits.detach(), tokens, weight)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert (float(gradient.abs().max()) > 1e-3) == taught
+        assert taught or abs(float(loss)) < 1e-5
+
+
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_attached_factors_are_the_truncated_weights(family: str) -> None:
+    model, expected = tiny.model(family), tiny.model(family)
+    factors = svd_factors(model)
+    with torch.no_grad():
+        for name, pair in factors.items():
+            expected.get_submodule(name).weight.copy_(pair.left @ pair.right)
+    modules = attach(model, factors)
+    torch.testing.assert_close(model(WINDOWS).logits, expected(WINDOWS).logits, rtol=1e-4, atol=1e-4)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{name}.{side}" for name in modules for side in ("left", "weight")}
+
+
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_refinement_changes_the_factors_only(family: str) -> None:
+    run = refinement(family)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    for _ in range(2):
+        run.advance()
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != (name in run.parameters), name
+
+
+@pytest.mark.parametrize("kl_weight", [1.0, 0.5, 0.0])
+def test_refinement_comes_closer_to_the_dense_model(kl_weight: float) -> None:
+    run = refinement(kl_weight=kl_weight, steps=30)
+    before = divergence(run)
+    losses = [run.advance() for _ in range(30)]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    if kl_weight == 1:
+        assert divergence(run) < 0.8 * before
+
+
+def test_a_vanishing_rate_learns_nothing() -> None:
+    run = refinement(learning_rate=1e-12)
+    before = divergence(run)
+    run.advance()
+    assert divergence(run) == pytest.approx(before, abs=1e-6)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4])
+def test_a_continued_run_has_the_same_bits(stop: int) -> None:
+    whole, first = refinement(), refinement()
+    losses = [whole.advance() for _ in range(6)]
+    begun = [first.advance() for _ in range(stop)]
+    second = refinement()
+    second.restore(first.state(), stop)
+    assert begun + [second.advance() for _ in range(6 - stop)] == losses
+    for name, tensor in whole.state().items():
+        assert torch.equal(tensor, second.state()[name]), name
+    if stop:  # without AdamW's moments the run would be another one
+        third = refinement()
+        third.restore({name: value * (not name.startswith("square")) for name, value in first.state().items()}, stop)
+        third.advance()
+        assert not all(torch.equal(tensor, third.state()[name]) for name, tensor in second.state().items())
+
+
+def test_factors_are_those_of_the_model() -> None:
+    run = refinement()
+    run.advance()
+    for name, pair in run.factors().items():
+        module = run.model.get_submodule(name)
+        assert torch.equal(pair.left, module.left) and torch.equal(pair.right, module.weight.T)
+
+
+def test_every_window_comes_before_any_comes_again() -> None:
+    seen: list[Tensor] = []
+    model, modules = student()
+    run = Refinement(model, modules, lambda _, chosen: seen.append(chosen), WINDOWS, **SETTINGS)  # type: ignore[arg-type]
+    assert sorted(run._order[:6].tolist()) == sorted(run._order[6:].tolist()) == list(range(6))
+    assert run._order[:6].tolist() != run._order[6:].tolist()
+
+
+def test_the_rate_rises_then_falls() -> None:
+    rates = [course(step, 100) for step in range(100)]
+    peak = rates.index(max(rates))
+    assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert 0.95 < max(rates) <= 1 and rates[-1] == pytest.approx(FLOOR, abs=0.01) and 0 < rates[0] < 0.2
+
+
+def test_a_diverged_run_says_so() -> None:
+    run = refinement()
+    with torch.no_grad():
+        next(iter(run.parameters.values())).fill_(float("nan"))
+    with pytest.raises(NumericalError, match=r"refinement step 0: the loss is nan; lower refinement\.learning_rate"):
+        run.advance()
