@@ -28,7 +28,7 @@ def seconds_per_step(method: Literal["gates", "dobi"], steps: int, seq_len: int)
     )
     curve: list[Step] = []
     windows = load_windows(artifact("calibrate") / "calibration.parquet")[:, :seq_len]
-    search.train(windows, {"uniform": search.uniform(), "allocated": search.allocated()}, curve)
+    search.train(windows, {"uniform": search.uniform(), "fisher": search.fisher()}, curve)
     return statistics.median(step.seconds for step in curve[1:])
 
 

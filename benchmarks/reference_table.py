@@ -7,7 +7,7 @@ blocks; factors in full precision; uniform means rank = int(ratio·mn/(m+n)), un
     svd                   plain truncated SVD of the weight, uniform
     svd-llm               closed form on the input Gram, uniform
     two-sided             input and gradient Grams, uniform
-    two-sided-allocated   the same factors, ranks by water-filling of the predicted loss, dense as a choice
+    two-sided-fisher      the same factors, ranks by water-filling of the predicted loss, dense as a choice
 """
 
 import argparse
@@ -60,7 +60,7 @@ METHODS: dict[str, tuple[Callable[[int, str, Tensor], Factors], str]] = {
     "svd": (svd, "uniform"),
     "svd-llm": (svd_llm, "uniform"),
     "two-sided": (two_sided, "uniform"),
-    "two-sided-allocated": (two_sided, "allocated"),
+    "two-sided-fisher": (two_sided, "fisher"),
 }
 
 

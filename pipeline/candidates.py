@@ -46,7 +46,7 @@ class RankSearch:
         found = allocation.uniform(self.shapes, self.shared.ratio, self.shared.format, self.shared.align)
         return dict(zip(self.linears, found, strict=True))
 
-    def allocated(self) -> Ranks:
+    def fisher(self) -> Ranks:
         """Water-filling of the predicted loss, dense being a choice."""
         spectra = load_file(self.captured / "spectra.safetensors")
         energies = [spectra[f"two_sided.{name}"] ** 2 for name in self.linears]
@@ -54,12 +54,12 @@ class RankSearch:
         return dict(zip(self.linears, found, strict=True))
 
     def train(self, windows: Tensor, candidates: Mapping[str, Ranks], curve: list[Step]) -> Ranks:
-        """Ranks trained from the allocation (gates) or from uniform ranks (dobi), projected onto the budget.
+        """Ranks trained from the knapsack's (gates) or from uniform ranks (dobi), projected onto the budget.
 
         Matrices that the starting point keeps dense stay dense: a gate cannot see what being dense is worth.
         """
         settings = self.settings
-        start = candidates["allocated" if settings.method == "gates" else "uniform"]
+        start = candidates["fisher" if settings.method == "gates" else "uniform"]
         modules = self._gated() if settings.method == "gates" else self._truncated()
         for name, module in modules.items():
             module.open = self._format(name, start[name]) == "dense"

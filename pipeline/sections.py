@@ -133,7 +133,7 @@ class Capture:
 class TrainRanks:
     """How ranks are chosen. Lengths in tokens; ``learning_rate`` and ``width`` in units of the full rank."""
 
-    method: Literal["gates", "dobi", "uniform", "allocated"]
+    method: Literal["gates", "dobi", "uniform", "fisher"]
     whitening: Literal["input", "two_sided"]
     steps: int
     seq_len: int

@@ -1,4 +1,4 @@
-"""A rank for every matrix under the byte budget: trained, allocated or uniform, the best on validation windows.
+"""A rank for every matrix under the byte budget: trained, from the knapsack or uniform, the best on validation windows.
 
 reads   artifacts/prepare, artifacts/calibrate (calibration, validation), artifacts/capture
 writes  artifacts/train_ranks: ranks.json, curve.csv
@@ -30,7 +30,7 @@ def main() -> None:
     losses: dict[str, float] = {}
     chosen: str = settings.method
     if settings.method != "uniform":
-        candidates["allocated"] = search.allocated()
+        candidates["fisher"] = search.fisher()
     if settings.method in ("gates", "dobi"):
         windows = load_windows(artifact("calibrate") / "calibration.parquet")[:, : settings.seq_len]
         candidates[settings.method] = search.train(windows, candidates, curve)

@@ -132,9 +132,9 @@ def test_quantization_is_called_flattered_only_for_weights_from_a_quantized_file
 
 def test_a_kept_candidate_other_than_the_trained_one_is_said(project: Project, usual: report.Report) -> None:
     assert "kept those of" not in usual.html
-    other = rendered(project(chosen="allocated"))
+    other = rendered(project(chosen="fisher"))
     for text in (other.html, other.markdown):
-        assert "Asked for ranks by “gates”, kept those of “allocated”" in text
+        assert "Asked for ranks by “gates”, kept those of “fisher”" in text
 
 
 def test_without_training_there_is_no_curve_and_the_report_says_so(project: Project) -> None:

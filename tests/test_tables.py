@@ -147,16 +147,16 @@ def test_weights_that_were_never_quantized_need_no_caveat(source: str) -> None:
 
 def test_another_kept_candidate_is_named_with_both_losses(ranks: dict[str, Any]) -> None:
     assert tables.kept_note(ranks) is None
-    note = tables.kept_note(report_project.ranks(report_project.spectra(1), 0.8, chosen="allocated"))
+    note = tables.kept_note(report_project.ranks(report_project.spectra(1), 0.8, chosen="fisher"))
     assert note is not None
-    assert "“gates”, kept those of “allocated”" in note
-    assert "allocated 3.7204, gates 3.7711" in note
+    assert "“gates”, kept those of “fisher”" in note
+    assert "fisher 3.7204, gates 3.7711" in note
 
 
 def test_candidates_are_ordered_by_validation_loss(ranks: dict[str, Any]) -> None:
     table = tables.candidates_table(ranks)
     assert table is not None
-    assert [row[0] for row in table.rows] == ["gates (kept)", "allocated", "uniform"]
+    assert [row[0] for row in table.rows] == ["gates (kept)", "fisher", "uniform"]
     assert tables.candidates_table(ranks | {"validation_loss": {}}) is None
 
 
