@@ -63,6 +63,7 @@ class RankSearch:
         modules = self._gated() if settings.method == "gates" else self._truncated()
         for name, module in modules.items():
             module.open = self._format(name, start[name]) == "dense"
+            module.pivoted = sum(self._shape(name)) if self.shared.format == "pifa" else None
         attach(self.model, modules)
         costs = {
             name: budget.matrix_bytes(self.shared.format, *self._shape(name), m.full_rank)
@@ -75,11 +76,11 @@ class RankSearch:
                 progress_bar.set_postfix(loss=f"{step.cross_entropy:.3f}")
                 progress_bar.update()
 
-            fractions = train(
+            trained = train(
                 self.model,
                 modules,
                 costs,
-                {name: start[name] / module.full_rank for name, module in modules.items()},
+                start,
                 windows,
                 steps=settings.steps,
                 batch_size=settings.batch_size,
@@ -89,7 +90,7 @@ class RankSearch:
                 seed=self.shared.seed,
                 on_step=on_step,
             )
-        wanted = [fractions.get(name, 1.0) * min(self._shape(name)) for name in self.linears]
+        wanted = [trained.get(name, min(self._shape(name))) for name in self.linears]
         found = allocation.project(wanted, self.shapes, self.budget_bytes, self.shared.format, self.shared.align)
         return dict(zip(self.linears, found, strict=True))
 

@@ -25,12 +25,31 @@ CLOSED = 5.0  # gate widths 1/β beyond τ after which a direction counts as cut
 
 
 class Truncated(nn.Module):
-    """A linear with a learned truncation ``fraction`` θ of its full rank, and the steepness β of its gate."""
+    """A linear with a learned ``fraction`` θ of the numbers it takes at full rank k, and the steepness β of its gate.
+
+    Two factors of rank τ take θ = τ/k of the numbers that rank k takes. Pivoted ones take τ(s − τ) with s = out + in,
+    ``pivoted``: θ = τ(s − τ) / k(s − k). Either way the bytes are linear in θ.
+    """
 
     def __init__(self, full_rank: int, bias: Tensor | None) -> None:
         super().__init__()
         self.fraction = nn.Parameter(torch.ones(()))
         self.full_rank, self.bias, self.beta, self.open = full_rank, bias, 1.0, False
+        self.pivoted: int | None = None
+
+    def share(self, rank: float) -> float:
+        """θ of a truncation at ``rank``."""
+        if self.pivoted is None:
+            return rank / self.full_rank
+        return rank * (self.pivoted - rank) / (self.full_rank * (self.pivoted - self.full_rank))
+
+    def position(self) -> Tensor:
+        """τ, the truncation in directions that θ stands for: the inverse of ``share``, differentiable."""
+        if self.pivoted is None:
+            return self.fraction * self.full_rank
+        half = self.pivoted / 2
+        inside = half**2 - self.fraction * self.full_rank * (self.pivoted - self.full_rank)
+        return half - inside.clamp(min=1e-6).sqrt()  # a square matrix's slope is infinite at full rank
 
 
 class GatedLinear(Truncated):
@@ -56,7 +75,7 @@ class GatedLinear(Truncated):
             return linear(x, self.get_buffer("weight"), self.bias)
         if self.rank is not None:
             return linear(linear(x, right[: self.rank]), left[:, : self.rank], self.bias)
-        tau = self.fraction * self.full_rank
+        tau = self.position()
         seen = min(self.full_rank, math.ceil(tau.item() + CLOSED / self.beta))
         inner = linear(x, right[:seen])
         return linear(inner * smooth_gate(tau, seen, self.beta).to(inner.dtype), left[:, :seen], self.bias)
@@ -77,7 +96,7 @@ class TruncatedActivation(Truncated):
         y = linear(x, self.get_buffer("weight"))
         if not self.open:
             windows = y.reshape(-1, *y.shape[-2:]) if x.dim() > 2 else y.unsqueeze(0)
-            tau = self.fraction * min(windows.shape[-2], self.full_rank)
+            tau = self.position() * min(1.0, windows.shape[-2] / self.full_rank)
             cut = [truncated_activation(w, tau, self.beta, self.terms, self.threshold, self.full_rank) for w in windows]
             y = torch.stack(cut).reshape(y.shape)
         return y if self.bias is None else y + self.bias
@@ -114,14 +133,15 @@ def train(
     seed: int,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> dict[str, float]:
-    """Fractions θ of the full ranks that minimise the cross-entropy on ``windows`` at the cost of ``initial``.
+    """Truncations τ that minimise the cross-entropy on ``windows`` at the cost of ``initial``, in directions.
 
     Adam on θ with a cosine learning rate; the gate's width goes geometrically from ``width`` of the full rank to 1/β
-    components. After every step θ is projected onto Σ cost·θ = Σ cost·initial inside [1/k, 1].
+    components. After every step θ is projected onto Σ cost·θ = Σ cost·θ(initial), τ inside [1, k].
 
     Args:
         modules: linear name -> the module attached to ``model``; those that are ``open`` are not trained.
         costs: linear name -> bytes of its full rank in factored form.
+        initial: linear name -> rank to start from.
         windows: (windows, seq) int64; each step takes ``batch_size`` of them in a seeded order.
 
     Raises:
@@ -131,11 +151,12 @@ def train(
     if not trained:
         return {}
     for name in trained:
-        modules[name].fraction.data.fill_(initial[name])
+        modules[name].fraction.data.fill_(modules[name].share(initial[name]))
     parameters = [modules[name].fraction for name in trained]
     cost = torch.tensor([float(costs[name]) for name in trained], dtype=torch.float64)
-    floor = torch.tensor([1 / modules[name].full_rank for name in trained], dtype=torch.float64)
-    budget = float(cost @ torch.tensor([initial[name] for name in trained], dtype=torch.float64))
+    floor = torch.tensor([modules[name].share(1) for name in trained], dtype=torch.float64)
+    started_at = torch.tensor([modules[name].share(initial[name]) for name in trained], dtype=torch.float64)
+    budget = float(cost @ started_at)
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = _order(len(windows), steps * batch_size, seed)
@@ -158,7 +179,7 @@ def train(
             parameter.data.fill_(float(value))
         mean_width = sum(1 / (modules[name].beta * modules[name].full_rank) for name in trained) / len(trained)
         on_step(Step(step, loss.item(), mean_width, time.perf_counter() - started))
-    return {name: modules[name].fraction.item() for name in trained}
+    return {name: modules[name].position().item() for name in trained}
 
 
 def onto_budget(theta: Tensor, cost: Tensor, budget: float, floor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from spectrim.errors import NumericalError
 from spectrim.maths.lowrank import Factors
 from spectrim.modules import compressible_linears
 from spectrim.rank_training import GatedLinear, TruncatedActivation, attach, onto_budget, train
-from tests import tiny
+from tests import reference, tiny
 
 WINDOWS = torch.randint(2, 200, (6, 16), generator=torch.Generator().manual_seed(1))
 SETTINGS = {"steps": 8, "batch_size": 2, "learning_rate": 0.05, "width": 0.1, "beta": 10.0, "seed": 0}
@@ -56,24 +56,42 @@ def test_hard_rank_is_the_limit_of_the_gate() -> None:
     torch.testing.assert_close(gated(x), x @ weight.T + gated.bias, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("pivoted", [False, True])
 @pytest.mark.parametrize("method", ["gates", "dobi"])
-def test_training_keeps_the_budget_and_lowers_the_loss(method: str) -> None:
+def test_training_keeps_the_budget_and_lowers_the_loss(method: str, pivoted: bool) -> None:
     model = tiny.model("llama").eval().requires_grad_(False)
     linears = compressible_linears(model)
     if method == "gates":
         modules = svd_gates(model)
     else:
         modules = {name: TruncatedActivation(linear, 10, 1e-2) for name, linear in linears.items()}
+    for name, module in modules.items():
+        module.pivoted = sum(linears[name].weight.shape) if pivoted else None
     attach(model, modules)
     costs = {name: float(sum(linear.weight.shape) * min(linear.weight.shape)) for name, linear in linears.items()}
     losses: list[float] = []
-    start = dict.fromkeys(modules, 0.4)
+    start = {name: 0.4 * module.full_rank for name, module in modules.items()}
     windows = WINDOWS[:2]  # the same batch every step, so that the curve falls if the gradient points downhill
     settings = SETTINGS | {"steps": 12, "beta": 1 / (0.1 * 32)}
     learned = train(model, modules, costs, start, windows, on_step=lambda s: losses.append(s.cross_entropy), **settings)
-    assert sum(costs[n] * learned[n] for n in costs) == pytest.approx(0.4 * sum(costs.values()), rel=1e-5)
-    assert len(set(learned.values())) > 1
+    spent = sum(costs[name] * modules[name].share(rank) for name, rank in learned.items())
+    assert spent == pytest.approx(sum(costs[name] * modules[name].share(start[name]) for name in costs), rel=1e-5)
+    assert any(abs(learned[name] - start[name]) > 1e-3 for name in learned)
     assert losses[-1] < losses[0]
+
+
+@given(st.integers(1, 50), st.integers(0, 50), st.floats(0, 1))
+def test_a_share_of_the_numbers_is_a_position_and_back(full: int, more: int, at: float) -> None:
+    """position(share(τ)) = τ; the share is that of the numbers r(s − r) or r, and 1 at full rank."""
+    module = GatedLinear(Factors(torch.ones(1, full), torch.ones(full, 1)), torch.ones(1, 1), None).double()
+    rank = 1 + at * (full - 1)
+    for pivoted in (None, 2 * full + more):
+        module.pivoted = pivoted
+        module.fraction.data.fill_(module.share(rank))
+        assert float(module.position()) == pytest.approx(rank, abs=2e-3)
+        assert module.share(full) == pytest.approx(1)
+    numbers = [reference.matrix_bytes("pifa", full + more, full, int(r)) - 4 * (full + more) for r in (1, full)]
+    assert module.share(1) == pytest.approx(numbers[0] / numbers[1])
 
 
 def test_open_modules_are_not_trained() -> None:
@@ -82,7 +100,7 @@ def test_open_modules_are_not_trained() -> None:
     first = next(iter(modules))
     modules[first].open = True
     attach(model, modules)
-    learned = train(model, modules, dict.fromkeys(modules, 1.0), dict.fromkeys(modules, 0.5), WINDOWS, **SETTINGS)
+    learned = train(model, modules, dict.fromkeys(modules, 1.0), dict.fromkeys(modules, 16), WINDOWS, **SETTINGS)
     assert first not in learned and len(learned) == len(modules) - 1
 
 
@@ -91,7 +109,7 @@ def test_same_seed_same_fractions() -> None:
         model = tiny.model("llama").eval().requires_grad_(False)
         modules = svd_gates(model)
         attach(model, modules)
-        return train(model, modules, dict.fromkeys(modules, 1.0), dict.fromkeys(modules, 0.5), WINDOWS, **SETTINGS)
+        return train(model, modules, dict.fromkeys(modules, 1.0), dict.fromkeys(modules, 16), WINDOWS, **SETTINGS)
 
     assert once() == once()
 
@@ -102,7 +120,7 @@ def test_non_finite_loss_names_the_step() -> None:
     next(iter(modules.values())).get_buffer("left").fill_(torch.nan)
     attach(model, modules)
     with pytest.raises(NumericalError, match="step 0"):
-        train(model, modules, dict.fromkeys(modules, 1.0), dict.fromkeys(modules, 0.5), WINDOWS, **SETTINGS)
+        train(model, modules, dict.fromkeys(modules, 1.0), dict.fromkeys(modules, 16), WINDOWS, **SETTINGS)
 
 
 def test_validation_loss_prefers_more_rank() -> None:
