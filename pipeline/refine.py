@@ -22,10 +22,11 @@ from pipeline.store import LayerStore, key
 from spectrim.blocks import BlockModel
 from spectrim.evaluation import perplexity
 from spectrim.maths.lowrank import Factors
-from spectrim.refinement import Refinement, attach
+from spectrim.refinement import Refinement, attach, checkpoint_blocks
 
 CURVE = "refinement.csv"
 SUMMARY = "refinement.json"
+BEST = "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,13 @@ class Refine:
         self.windows, self.hidden, self.validation = windows, hidden, validation
         self.settings, self.seed, self.store, self.name = settings, seed, store, name
         self.curve: list[Point] = []
-        self.best: dict[str, Factors] = {}
 
     def __call__(self, folder: Path) -> None:
         """Train, and write one file of factors per block, the curve and a summary into ``folder``."""
         settings = self.settings
         student = load_model(self.prepared, self.model.device)
         if settings.checkpointing:
-            student.gradient_checkpointing_enable()
+            checkpoint_blocks(student)
         run = Refinement(
             student,
             attach(student, _read(self.files)),
@@ -101,19 +101,20 @@ class Refine:
                 self._measure(run, math.fsum(losses) / len(losses))
                 self._keep(run)
         self._write(folder)
-        self._forget(run.step)
+        shutil.rmtree(self.store.path(self._key(run.step)), ignore_errors=True)
 
     def _teacher(self):  # type: ignore[no-untyped-def]
         hidden = self.hidden[:, : self.settings.seq_len]
         return lambda tokens, chosen: self.model.logits(tokens, hidden[chosen].to(self.model.device))
 
     def _measure(self, run: Refinement, loss: float | None) -> None:
-        """Add a point to the curve, and keep the factors when none before were as good."""
-        run.model.eval()
+        """Add a point to the curve."""
         measured = math.log(perplexity(run.model, self.validation)["perplexity"])  # type: ignore[arg-type]
-        if not self.curve or measured < min(point.validation_loss for point in self.curve):
-            self.best = run.factors()
         self.curve.append(Point(run.step, loss, measured))
+
+    def _best(self) -> int:
+        """The step of the lowest validation loss."""
+        return min(self.curve, key=lambda point: point.validation_loss).step
 
     def _worn(self) -> bool:
         """Whether the last ``patience`` measurements brought nothing better."""
@@ -121,16 +122,19 @@ class Refine:
         return len(losses) - 1 - losses.index(min(losses)) >= self.settings.patience
 
     def _keep(self, run: Refinement) -> None:
-        """Put the state of the run into the store, and drop the one before."""
+        """Put the state of the run into the store, the best factors beside it, and drop the state before."""
+        before = self.store.path(self._key(self.curve[-2].step))
 
         def write(folder: Path) -> None:
             save_file(run.state(), folder / "state.safetensors")
-            save_file(_tensors(self.best), folder / "best.safetensors")
+            if self._best() == run.step:
+                save_file(_tensors(run.factors()), folder / BEST)
+            elif (before / BEST).exists():
+                shutil.copyfile(before / BEST, folder / BEST)
             write_json(folder / "curve.json", [asdict(point) for point in self.curve])
 
-        before = run.step - self.settings.validate_every
         self.store.commit(self._key(run.step), write)
-        shutil.rmtree(self.store.path(self._key(before)), ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
 
     def _resume(self, run: Refinement) -> None:
         """Go on from the newest snapshot, if there is one."""
@@ -138,22 +142,19 @@ class Refine:
         for step in sorted({*range(every, steps, every), steps}, reverse=True):
             if entry := self.store.lookup(self._key(step)):
                 run.restore(load_file(entry / "state.safetensors"), step)
-                self.best = _factors(load_file(entry / "best.safetensors"))
                 self.curve = [Point(**point) for point in read_json(entry / "curve.json")]
                 say(f"update_weights: refinement: goes on after step {step} of {steps}")
                 return
 
     def _write(self, folder: Path) -> None:
+        kept = self._best()
+        best = load_file(self.store.path(self._key(self.curve[-1].step)) / BEST) if kept else None
         for file in self.files:
-            names = {name.rpartition(".")[0] for name in load_file(file)}
-            save_file(_tensors({name: self.best[name] for name in sorted(names)}), folder / file.name)
+            began = load_file(file)
+            save_file({name: best[name] for name in began} if best else began, folder / file.name)
         write_curve(folder / CURVE, self.curve)
         losses = [point.validation_loss for point in self.curve]
-        summary = {"steps": self.curve[losses.index(min(losses))].step, "before": losses[0], "after": min(losses)}
-        write_json(folder / SUMMARY, summary)
-
-    def _forget(self, step: int) -> None:
-        shutil.rmtree(self.store.path(self._key(step)), ignore_errors=True)
+        write_json(folder / SUMMARY, {"steps": kept, "before": losses[0], "after": min(losses)})
 
     def _key(self, step: int) -> str:
         return key("refinement", self.name, step)

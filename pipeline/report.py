@@ -34,6 +34,7 @@ def render(
     ranks: Mapping[str, Any],
     calibrate: Mapping[str, Any],
     curve: "Mapping[str, np.ndarray]",
+    refinement: "Mapping[str, np.ndarray]",
     spectra: "Mapping[str, np.ndarray]",
 ) -> Report:
     """The whole report; equal arguments give equal bytes.
@@ -44,6 +45,7 @@ def render(
         ranks: artifacts/train_ranks/ranks.json.
         calibrate: artifacts/calibrate/calibrate.json.
         curve: columns of artifacts/train_ranks/curve.csv by name; empty when nothing was trained.
+        refinement: columns of artifacts/update_weights/refinement.csv; empty when nothing was refined.
         spectra: matrix name -> σ (k,), float64, descending, in the metric ``params.train_ranks.whitening``.
     """
     found = read_matrices(ranks)
@@ -56,8 +58,11 @@ def render(
     }
     if len(curve.get("step", ())):
         drawn["training"] = figures.training_figure(curve, ranks["ratio"])
+    if len(refinement.get("step", ())):
+        drawn["refinement"] = figures.refinement_figure(refinement)
     context = {
         **_text(params, metrics, ranks, calibrate, found),
+        "refined": tables.refined_note(refinement),
         "ranks": tables.ranks_table(found, energies, meaning),
     }
     inline = {name: _fluid(svg) for name, svg in drawn.items()}
@@ -81,7 +86,7 @@ def discarded(matrix: Matrix, sigma: "np.ndarray") -> float:
 
 
 def read_curve(path: Path) -> "dict[str, np.ndarray]":
-    """Columns of the training curve by name; arrays are empty when nothing was trained.
+    """Columns of a curve by name, an empty cell as NaN; arrays are empty when nothing was trained.
 
     Raises:
         StorageError: the file is missing, or a cell is not a number.
@@ -92,11 +97,16 @@ def read_curve(path: Path) -> "dict[str, np.ndarray]":
         with Path(path).open(encoding="utf-8", newline="") as stream:
             reader = csv.DictReader(stream)
             rows = list(reader)
-            return {name: np.array([float(row[name]) for row in rows]) for name in reader.fieldnames or ()}
+            return {
+                name: np.array([float("nan" if row[name] == "" else row[name]) for row in rows])
+                for name in reader.fieldnames or ()
+            }
     except FileNotFoundError:
-        raise StorageError(f"{path}: not found; run: dvc repro train_ranks") from None
+        raise StorageError(f"{path}: not found; run: dvc repro {Path(path).parent.name}") from None
     except (TypeError, ValueError) as error:
-        raise StorageError(f"{path}: not a table of numbers ({error}); run: dvc repro -f train_ranks") from error
+        raise StorageError(
+            f"{path}: not a table of numbers ({error}); run: dvc repro -f {Path(path).parent.name}"
+        ) from error
 
 
 def read_spectra(path: Path, names: list[str], metric: str) -> "dict[str, np.ndarray]":

@@ -8,9 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.matrices import Matrix, by_kind
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Metrics = Mapping[str, Any]
 
@@ -188,6 +191,20 @@ def kept_note(ranks: Mapping[str, Any]) -> str | None:
     return (
         f"Asked for ranks by “{ranks['method']}”, kept those of “{ranks['chosen']}”: "
         f"they have the lowest loss on the validation windows ({', '.join(numbers)})."
+    )
+
+
+def refined_note(curve: "Mapping[str, np.ndarray]") -> str:
+    """What the refinement brought on the validation windows, or that there was none."""
+    losses = list(curve.get("validation_loss", ()))
+    if not losses:
+        return "The factors were not refined."
+    best = losses.index(min(losses))
+    if best == 0:
+        return f"No measurement was better than the start ({losses[0]:.4f} nats per token): nothing was kept of it."
+    steps = int(curve["step"][best])
+    return (
+        f"Validation loss {losses[0]:.4f} → {losses[best]:.4f} nats per token; the factors of step {steps} were kept."
     )
 
 

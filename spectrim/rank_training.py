@@ -155,8 +155,7 @@ def train(
     parameters = [modules[name].fraction for name in trained]
     cost = torch.tensor([float(costs[name]) for name in trained], dtype=torch.float64)
     floor = torch.tensor([modules[name].share(1) for name in trained], dtype=torch.float64)
-    started_at = torch.tensor([modules[name].share(initial[name]) for name in trained], dtype=torch.float64)
-    budget = float(cost @ started_at)
+    budget = sum(costs[name] * modules[name].share(initial[name]) for name in trained)
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = _order(len(windows), steps * batch_size, seed)

@@ -13,17 +13,20 @@ arXiv:2604.02119.
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from spectrim.errors import NumericalError
 from spectrim.lowrank_linear import LowRankLinear
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import balance
-from spectrim.modules import replace
+from spectrim.modules import decoder_blocks, replace
 
 WARMUP = 0.06  # of the steps
 FLOOR = 0.05  # of the learning rate, at the last step
@@ -50,6 +53,15 @@ def attach(model: nn.Module, factors: Mapping[str, Factors]) -> dict[str, LowRan
             bias.requires_grad_(False)
         replace(model, name, modules[name])
     return modules
+
+
+def checkpoint_blocks(model: PreTrainedModel) -> None:
+    """Let every decoder block of ``model`` forget its activations and compute them again for its gradient.
+
+    transformers' own switch works in training mode only, which brings dropout with it.
+    """
+    for block in decoder_blocks(model)[1]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor, tokens: Tensor, kl_weight: float) -> Tensor:
@@ -128,6 +140,7 @@ class Refinement:
         with torch.no_grad():
             teacher = self.teacher(tokens, chosen) if self.kl_weight else torch.empty(0)
         device = next(iter(self.parameters.values())).device
+        self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             logits = self.model(input_ids=tokens.to(device), use_cache=False).logits
         loss = distillation_loss(logits, teacher, tokens, self.kl_weight)
@@ -135,7 +148,6 @@ class Refinement:
             raise NumericalError(
                 f"refinement step {self.step}: the loss is {loss.item()}; lower refinement.learning_rate"
             )
-        self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
         for group in self._optimizer.param_groups:
@@ -145,12 +157,15 @@ class Refinement:
         return loss.item()
 
     def state(self) -> dict[str, Tensor]:
-        """``parameter.NAME``, and after the first step AdamW's ``mean.NAME`` and ``square.NAME``; all on the CPU."""
+        """``parameter.NAME``, and after the first step AdamW's ``mean.NAME`` and ``square.NAME``; all on the CPU.
+
+        They are the run's own tensors where it is on the CPU: save or copy them before the next step.
+        """
         tensors = {f"parameter.{name}": value.detach() for name, value in self.parameters.items()}
         for name, parameter in self.parameters.items():
             if moments := self._optimizer.state.get(parameter):
                 tensors[f"mean.{name}"], tensors[f"square.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
-        return {name: value.to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+        return {name: value.cpu().contiguous() for name, value in tensors.items()}
 
     def restore(self, state: Mapping[str, Tensor], step: int) -> None:
         """Go on after ``step`` steps from what ``state`` returned then."""
@@ -166,10 +181,10 @@ class Refinement:
                 }
 
     def factors(self) -> dict[str, Factors]:
-        """The factors as they are now: linear name -> left (out, rank), right (rank, in), float32 copies on the CPU."""
+        """The factors as they are now: linear name -> left (out, rank), right (rank, in), float32, on the CPU."""
         names = dict.fromkeys(name.rpartition(".")[0] for name in self.parameters)
-        sides = {name: value.detach().to("cpu", copy=True) for name, value in self.parameters.items()}
-        return {name: Factors(sides[f"{name}.left"], sides[f"{name}.weight"].mT.contiguous()) for name in names}
+        sides = {name: value.detach().cpu() for name, value in self.parameters.items()}
+        return {name: Factors(sides[f"{name}.left"], sides[f"{name}.weight"].mT) for name in names}
 
 
 def course(step: int, steps: int) -> float:

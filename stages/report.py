@@ -1,7 +1,7 @@
 """The report of a run: tables, figures and a generation sample, as markdown and as one self-contained HTML page.
 
 reads   reports/metrics.json, artifacts/train_ranks (ranks.json, curve.csv), artifacts/capture/spectra.safetensors,
-        artifacts/calibrate/calibrate.json
+        artifacts/calibrate/calibrate.json, artifacts/update_weights/refinement.csv
 writes  reports/report.md, reports/report.html, reports/figures
 params  report, model, compression, train_ranks, update_weights, remap, evaluate
 """
@@ -24,6 +24,7 @@ def main() -> None:
         ranks=ranks,
         calibrate=read_json(artifact("calibrate", "calibrate.json")),
         curve=report.read_curve(artifact("train_ranks", "curve.csv")),
+        refinement=report.read_curve(artifact("update_weights", "refinement.csv")),
         spectra=report.read_spectra(
             artifact("capture", "spectra.safetensors"), list(ranks["matrices"]), params.train_ranks.whitening
         ),

@@ -98,12 +98,21 @@ def metrics(n_blocks: int) -> dict[str, Any]:
 def write(root: Path, *, n_blocks: int = 30, chosen: str = "gates", trained: bool = True, **changes: Any) -> None:
     """Everything stages/report.py reads, below ``root``; ``changes`` replace top-level keys of metrics.json."""
     sigmas = spectra(n_blocks)
-    for folder in ("reports", "artifacts/train_ranks", "artifacts/capture", "artifacts/calibrate"):
+    for folder in (
+        "reports",
+        "artifacts/train_ranks",
+        "artifacts/update_weights",
+        "artifacts/capture",
+        "artifacts/calibrate",
+    ):
         (root / folder).mkdir(parents=True, exist_ok=True)
     _json(root / "reports/metrics.json", metrics(n_blocks) | changes)
     _json(root / "artifacts/train_ranks/ranks.json", ranks(sigmas, 0.8, chosen))
     with (root / "artifacts/train_ranks/curve.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([("step", "cross_entropy", "width", "seconds"), *_curve(trained)])
+    with (root / "artifacts/update_weights/refinement.csv").open("w", newline="") as stream:
+        points = [(0, None, 3.6581), (16, 0.31, 3.5102), (32, 0.27, 3.5217)] if trained else []
+        csv.writer(stream).writerows([("step", "loss", "validation_loss"), *points])
     stored = {f"{metric}.{name}": sigma for name, sigma in sigmas.items() for metric in ("two_sided", "input")}
     save_file(stored, root / "artifacts/capture/spectra.safetensors", metadata={"n_tokens": "65536"})
     splits = {"calibration": 64, "validation": 8}

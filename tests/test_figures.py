@@ -34,6 +34,7 @@ def drawn(spectra: dict[str, np.ndarray], matrices: list[Matrix]) -> dict[str, s
         "ranks": figures.ranks_figure(matrices),
         "spectra": figures.spectra_figure(matrices, spectra, "two-sided metric"),
         "training": figures.training_figure(curve, 0.8),
+        "refinement": figures.refinement_figure({"step": steps, "loss": steps, "validation_loss": 4 - steps / 10}),
         "size": figures.size_figure(tables.points(metrics), metrics["bytes"]["dense_linears_16bit"]),
     }
 
@@ -42,7 +43,7 @@ def texts(svg: str) -> list[str]:
     return ["".join(node.itertext()).strip() for node in ET.fromstring(svg).iter(f"{SVG}text")]
 
 
-@pytest.mark.parametrize("name", ["ranks", "spectra", "training", "size"])
+@pytest.mark.parametrize("name", ["ranks", "spectra", "training", "refinement", "size"])
 def test_ink_follows_the_page_and_ids_are_the_figures_own(name: str, drawn: dict[str, str]) -> None:
     svg = drawn[name]
     assert figures.INK not in svg
@@ -54,7 +55,7 @@ def test_ink_follows_the_page_and_ids_are_the_figures_own(name: str, drawn: dict
     assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg)) <= set(ids)
 
 
-@pytest.mark.parametrize("name", ["ranks", "spectra", "training", "size"])
+@pytest.mark.parametrize("name", ["ranks", "spectra", "training", "refinement", "size"])
 def test_a_file_of_its_own_has_ink_and_paper_for_both_schemes(name: str, drawn: dict[str, str]) -> None:
     root = ET.fromstring(figures.standalone(drawn[name]))
     assert [child.tag for child in root][:2] == [f"{SVG}style", f"{SVG}rect"]

@@ -44,6 +44,7 @@ def rendered(root: Path) -> report.Report:
         ranks,
         read_json(root / "artifacts/calibrate/calibrate.json"),
         report.read_curve(root / "artifacts/train_ranks/curve.csv"),
+        report.read_curve(root / "artifacts/update_weights/refinement.csv"),
         report.read_spectra(root / "artifacts/capture/spectra.safetensors", list(ranks["matrices"]), metric),
     )
 
@@ -95,7 +96,7 @@ def test_the_page_is_whole_and_needs_nothing_but_itself(usual: report.Report) ->
     assert len(page.ids) == len(set(page.ids))
     assert all(address.startswith("#") and address[1:] in page.ids for address in page.addresses)
     assert not re.search(r"@import|url\((?!#)", html)
-    assert html.count("<svg") == 4
+    assert html.count("<svg") == 5
     assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
 
 
@@ -109,7 +110,7 @@ def test_both_documents_hold_the_numbers_and_the_samples(usual: report.Report) -
 
 def test_each_figure_of_the_markdown_is_a_file(usual: report.Report) -> None:
     assert set(re.findall(r"\]\(figures/(\w+)\.svg\)", usual.markdown)) == set(usual.figures)
-    assert set(usual.figures) == {"size", "ranks", "spectra", "training"}
+    assert set(usual.figures) == {"size", "ranks", "spectra", "training", "refinement"}
 
 
 def test_generated_markup_stays_text(project: Project) -> None:
@@ -137,16 +138,21 @@ def test_a_kept_candidate_other_than_the_trained_one_is_said(project: Project, u
         assert "Asked for ranks by “gates”, kept those of “fisher”" in text
 
 
+def test_the_refinement_says_what_was_kept(usual: report.Report) -> None:
+    for text in (usual.markdown, Page(usual.html).text):
+        assert "Validation loss 3.6581 → 3.5102 nats per token; the factors of step 16 were kept." in text
+
+
 def test_without_training_there_is_no_curve_and_the_report_says_so(project: Project) -> None:
     root = project(trained=False, sections={"train_ranks": {"method": "uniform"}})
     file = root / "artifacts/train_ranks/ranks.json"
     ranks = read_json(file) | {"method": "uniform", "chosen": "uniform", "validation_loss": {}}
     file.write_text(json.dumps(ranks))
     found = rendered(root)
-    assert "training" not in found.figures
+    assert not {"training", "refinement"} & set(found.figures)
     for text in (found.html, found.markdown):
         assert "No ranks were trained: the ranks come from “uniform”." in text
-        assert "validation loss" not in text
+        assert "validation loss" not in text and "The factors were not refined." in text
 
 
 def test_the_input_metric_is_named_where_it_is_used(project: Project, usual: report.Report) -> None:
@@ -189,7 +195,8 @@ def test_the_stage_writes_the_same_bytes_in_another_process(project: Project, us
 
 
 def test_a_curve_that_is_no_table_of_numbers_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "curve.csv"
+    file = tmp_path / "train_ranks" / "curve.csv"
+    file.parent.mkdir()
     with pytest.raises(StorageError, match=r"curve\.csv: not found; run: dvc repro train_ranks"):
         report.read_curve(file)
     for content in ("step,cross_entropy\n1,high\n", "step,cross_entropy\n1\n"):

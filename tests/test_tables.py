@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -175,3 +176,8 @@ def test_tasks_show_percent_error_and_points(metrics: dict[str, Any]) -> None:
     table = tables.tasks_table(metrics)
     assert table is not None
     assert table.rows == (("piqa", "acc", "–", "67.1 ± 1.0", "62.1", "−5.0"),)
+
+
+def test_a_refinement_that_brought_nothing_is_said() -> None:
+    curve = {"step": np.array([0.0, 16.0]), "validation_loss": np.array([3.1, 3.2])}
+    assert "No measurement was better than the start (3.1000 nats per token)" in tables.refined_note(curve)
