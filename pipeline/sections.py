@@ -184,9 +184,9 @@ class Refinement:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class UpdateWeights:
-    """The closed form of the factors, or Dobi-SVD's IPCA over ``ipca_windows`` calibration windows."""
+    """The metric whose optimum the factors are, or Dobi-SVD's IPCA over ``ipca_windows`` calibration windows."""
 
-    method: Literal["two_sided", "closed_form", "ipca"]
+    method: Literal["two_sided", "closed_form", "svd", "asvd", "svd_llm", "svd_llm_v2", "ipca"]
     ipca: Literal["incremental", "exact"]
     ipca_windows: int
     refinement: Refinement

@@ -1,13 +1,42 @@
-"""Factors of given ranks: truncated whitened factors, the closed form, or Dobi-SVD's IPCA on real activations."""
+"""Factors of given ranks: truncated decompositions in some metric, or Dobi-SVD's IPCA on real activations."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.blocks import BlockModel
-from spectrim.maths.lowrank import Factors, closed_form, output_error, truncate
+from spectrim.errors import NumericalError
+from spectrim.maths.lowrank import (
+    Decomposition,
+    Factors,
+    asvd,
+    closed_form,
+    output_error,
+    plain_svd,
+    svd_llm_cholesky,
+    svd_llm_v2,
+    truncate,
+)
 from spectrim.maths.subspace import IncrementalPCA, MeanProjector, ipca_update, top_right_singular_vectors
+from spectrim.maths.whitening import cholesky, eigen_whitener
+
+
+def svd_factors(weights: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Factors]:
+    """Per linear the factors that minimise ‖W − W'‖ over rank r, whatever the activations."""
+    return _each(ranks, lambda name: plain_svd(weights[name]))
+
+
+def asvd_factors(
+    weights: Mapping[str, Tensor], abs_means: Mapping[str, Tensor], ranks: Mapping[str, int]
+) -> dict[str, Factors]:
+    """Per linear the factors that minimise ‖(W − W') S‖ over rank r, S = diag(mean |x_j|)^½ (ASVD, arXiv 2312.05821).
+
+    Args:
+        weights, abs_means: linear name -> W (out, in) and mean |x| (in,); ``ranks``: those to factorise.
+    """
+    return _each(ranks, lambda name: asvd(weights[name], abs_means[name]))
 
 
 def closed_form_factors(
@@ -18,7 +47,50 @@ def closed_form_factors(
     Args:
         weights, grams: linear name -> W (out, in) and G = XᵀX (in, in); ``ranks``: those to factorise.
     """
-    return {name: truncate(closed_form(weights[name].double(), grams[name]), rank) for name, rank in ranks.items()}
+    return _each(ranks, lambda name: closed_form(weights[name], grams[name]))
+
+
+def svd_llm_factors(
+    weights: Mapping[str, Tensor],
+    grams: Mapping[str, Tensor],
+    input_of: Mapping[str, str],
+    ranks: Mapping[str, int],
+    *,
+    form: Literal["cholesky", "two_svds"],
+    damping: float,
+    max_damping: float,
+) -> tuple[dict[str, Factors], dict[str, float]]:
+    """Per linear the factors that minimise ‖(W − W') S‖ over rank r, S Sᵀ the damped Gram, and the damping used.
+
+    One whitener serves all linears that read one input.
+
+    Args:
+        weights: linear name -> W (out, in).
+        grams: input name -> G = XᵀX (in, in); ``input_of``: linear name -> input name.
+        form: "cholesky" for SVD-LLM (arXiv 2403.07378), "two_svds" for SVD-LLM V2 (arXiv 2503.12340).
+        damping, max_damping: first and largest relative damping tried.
+    """
+    used: dict[str, float] = {}
+
+    def whitened(owner: str) -> Callable[[Tensor], Decomposition]:
+        gram = grams[owner]
+        if form == "cholesky":
+            lower, used[owner] = cholesky(gram, damping, max_damping)
+            return lambda weight: svd_llm_cholesky(weight, gram, lower=lower)
+        whitener = eigen_whitener(gram, damping, max_damping)
+        used[owner] = whitener.damping
+        return lambda weight: svd_llm_v2(weight, gram, whitener=whitener)
+
+    decomposed: dict[str, Callable[[Tensor], Decomposition]] = {}
+
+    def decompose(name: str) -> Decomposition:
+        owner = input_of[name]
+        if owner not in decomposed:
+            decomposed[owner] = whitened(owner)
+        return decomposed[owner](weights[name])
+
+    factors = _each(ranks, decompose)
+    return factors, {name: used[input_of[name]] for name in ranks}
 
 
 def truncated_factors(factors: Mapping[str, Factors], ranks: Mapping[str, int]) -> dict[str, Factors]:
@@ -75,3 +147,14 @@ def relative_error(weight: Tensor, factors: Factors, gram: Tensor) -> float:
     nothing = Factors(weight[:, :0], weight[:0])  # rank 0: W' = 0
     whole = output_error(weight, nothing, gram)
     return output_error(weight, factors, gram) / whole if whole > 0 else 0.0
+
+
+def _each(ranks: Mapping[str, int], decompose: Callable[[str], Decomposition]) -> dict[str, Factors]:
+    """Per linear its decomposition cut to its rank; an error names the linear."""
+    factors = {}
+    for name, rank in ranks.items():
+        try:
+            factors[name] = truncate(decompose(name), rank)
+        except NumericalError as error:
+            raise NumericalError(f"{name}: {error}") from error
+    return factors

@@ -1,8 +1,8 @@
 """The factors of every matrix at its rank, and their refinement.
 
 reads   artifacts/prepare, artifacts/capture, artifacts/train_ranks/ranks.json, artifacts/calibrate
-writes  artifacts/update_weights: one file of factors per block, refinement.csv, summary.json
-params  update_weights, compression.{exclude,seed}
+writes  artifacts/update_weights: one file of factors per block, refinement.csv, summary.json (errors, damping used)
+params  update_weights, compression.{exclude,seed}, capture.{damping,max_damping}
 """
 
 import json
@@ -34,7 +34,9 @@ def main() -> None:
         for name, matrix in read_json(artifact("train_ranks") / "ranks.json")["matrices"].items()
         if matrix["format"] != "dense"
     }
-    update = updates.Update(model, artifact("capture"), artifact("calibrate", "calibration.parquet"), settings)
+    damping = (params.capture.damping, params.capture.max_damping)
+    calibration = artifact("calibrate", "calibration.parquet")
+    update = updates.Update(model, artifact("capture"), calibration, settings, damping)
     code = code_digest(updates, blocks, capture, modules, weight_update, lowrank, subspace, whitening)
     tasks = []
     for index, block in enumerate(model.names):
@@ -54,7 +56,7 @@ def main() -> None:
             out / "summary.json",
             {
                 "method": settings.method,
-                "relative_error": _relative_errors(files),
+                **_facts(files),
                 "refinement": read_json(refined / refine.SUMMARY) if refined else None,
             },
         )
@@ -83,13 +85,14 @@ def _refined(params: Params, model: blocks.BlockModel, files: list[Path], store:
     return entries["refinement"]
 
 
-def _relative_errors(files: list[Path]) -> dict[str, Any]:
-    """Linear name -> relative output error of the factors before refinement, from the files' metadata."""
-    errors: dict[str, Any] = {}
+def _facts(files: list[Path]) -> dict[str, dict[str, float]]:
+    """Relative output error and damping of every linear before refinement, from the files' metadata."""
+    facts: dict[str, dict[str, float]] = {"relative_error": {}, "damping": {}}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            errors |= json.loads(file.metadata()["relative_error"])
-    return errors
+            for fact, values in facts.items():
+                values.update(json.loads(file.metadata()[fact]))
+    return facts
 
 
 if __name__ == "__main__":

@@ -49,6 +49,17 @@ def finished_llama(
 
 
 @pytest.fixture(scope="session")
+def captured_llama(
+    tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], corpus_file: Path
+) -> tiny.Project:
+    """A Llama project after everything that no compressing parameter touches; read only, change a `.copy()`."""
+    project = tiny.make_project(tmp_path_factory.mktemp("captured") / "llama", model_folders["llama"], corpus_file)
+    for stage in ("prepare", "calibrate", "capture", "baseline"):
+        project.stage(stage)
+    return project
+
+
+@pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of the layer store after an uninterrupted run of four toy layers."""
     folder = tmp_path_factory.mktemp("reference")

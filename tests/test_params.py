@@ -51,7 +51,7 @@ REFUSED: dict[str, list[Any]] = {
     "train_ranks.beta": [0, -10, float("inf")],
     "train_ranks.taylor_terms": [0],
     "train_ranks.taylor_threshold": [0, 1, 1.5],
-    "update_weights.method": ["svd"],
+    "update_weights.method": ["gates", ""],
     "update_weights.ipca": ["batch"],
     "update_weights.ipca_windows": [0, 10**6],
     "update_weights.refinement": [

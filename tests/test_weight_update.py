@@ -6,8 +6,18 @@ import pytest
 import torch
 
 from spectrim.blocks import BlockModel
+from spectrim.errors import NumericalError
 from spectrim.maths.lowrank import Factors
-from spectrim.weight_update import closed_form_factors, ipca_factors, relative_error, truncated_factors
+from spectrim.weight_update import (
+    asvd_factors,
+    closed_form_factors,
+    ipca_factors,
+    relative_error,
+    svd_factors,
+    svd_llm_factors,
+    truncated_factors,
+)
+from tests import reference
 
 TOKENS = torch.randint(2, 200, (4, 32), generator=torch.Generator().manual_seed(5))
 
@@ -70,6 +80,44 @@ def test_closed_form_is_never_worse(block: Block) -> None:
         best = relative_error(weight, closed[name], block.grams[name])
         assert best <= relative_error(weight, ipca[name], block.grams[name]) + 1e-9
         assert best < relative_error(weight, plain, block.grams[name])  # the activations matter
+
+
+def test_svd_and_asvd_equal_the_naive_versions(block: Block) -> None:
+    abs_means = {name: torch.cat(windows).abs().mean(0) for name, windows in block.inputs.items()}
+    plain, scaled = svd_factors(block.weights, block.ranks), asvd_factors(block.weights, abs_means, block.ranks)
+    for name, weight in block.weights.items():
+        rank = block.ranks[name]
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        torch.testing.assert_close(plain[name].left @ plain[name].right, (u * s)[:, :rank] @ v[:rank])
+        expected = reference.asvd(weight, torch.cat(block.inputs[name]), rank)
+        torch.testing.assert_close(scaled[name].left @ scaled[name].right, expected)
+        assert relative_error(weight, plain[name], block.grams[name]) != pytest.approx(
+            relative_error(weight, scaled[name], block.grams[name]), rel=1e-3
+        )
+
+
+@pytest.mark.parametrize("form", ["cholesky", "two_svds"])
+def test_svd_llm_reports_the_damping_that_a_gram_needed(form: str) -> None:
+    """Three tokens of six features: the Cholesky form needs damping, the two-SVD form takes the pseudo-inverse."""
+    weight, few = reference.draw(0, 5, 6, 3)
+    _, many = reference.draw(1, 5, 6, 30)
+    grams = {"few": reference.gram(few), "many": reference.gram(many)}
+    weights, input_of = {"a": weight, "b": weight, "c": weight}, {"a": "few", "b": "few", "c": "many"}
+    options = {"form": form, "max_damping": 1e-2}
+    made, used = svd_llm_factors(weights, grams, input_of, {"a": 3, "b": 2, "c": 2}, damping=0.0, **options)
+    assert used["a"] == used["b"] and (used["a"] > 0) == (form == "cholesky") and used["c"] == 0.0
+    assert relative_error(weight, made["a"], grams["few"]) < 1e-3  # rank 3 holds all three tokens
+    _, used = svd_llm_factors(weights, grams, input_of, {"a": 3, "c": 2}, damping=1e-5, **options)
+    assert used == {"a": 1e-5, "c": 1e-5}
+
+
+def test_a_gram_that_cannot_be_damped_names_the_linear() -> None:
+    gram = torch.diag(torch.tensor([1.0, 1.0, -0.5]))
+    with pytest.raises(NumericalError, match=r"^up: gram .* even with damping 1e-02"):
+        svd_llm_factors(
+            {"up": torch.eye(3)}, {"x": gram}, {"up": "x"}, {"up": 1},
+            form="cholesky", damping=1e-6, max_damping=1e-2,
+        )  # fmt: skip
 
 
 def test_truncated_factors_are_the_first_directions(block: Block) -> None:

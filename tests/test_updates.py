@@ -1,0 +1,124 @@
+"""The update of a block on a captured tiny model: every method writes what it says, and reads no more than it needs."""
+
+import json
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from pipeline.params import UpdateWeights
+from pipeline.updates import Update
+from spectrim.blocks import BlockModel
+from spectrim.capture import gram_of, inputs_of
+from spectrim.errors import SpectrimError
+from spectrim.weight_update import closed_form_factors, relative_error, svd_factors, svd_llm_factors
+from tests.tiny import Project
+
+METHODS = get_args(get_type_hints(UpdateWeights)["method"])
+DAMPED = {"two_sided", "svd_llm", "svd_llm_v2"}
+BLOCK = 1
+
+
+def update_of(project: Project, method: str, calibration: Path | None = None, damping: float = 1e-6) -> Update:
+    artifacts = project.folder / "artifacts"
+    settings = UpdateWeights(method=method, ipca="exact", ipca_windows=4)
+    file = calibration or artifacts / "calibrate" / "calibration.parquet"
+    return Update(BlockModel(artifacts / "prepare"), artifacts / "capture", file, settings, (damping, 1e-2))
+
+
+def thirds(model: BlockModel) -> dict[str, int]:
+    return {name: min(weight.shape) // 3 for name, weight in model.weights(BLOCK).items()}
+
+
+def write(update: Update, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+    """The tensors and the metadata that an update writes for one block, every matrix at a third of its rank."""
+    update.factors(BLOCK, thirds(update.model), folder)
+    with safe_open(folder / f"{BLOCK:03}.safetensors", framework="pt") as file:
+        facts = {name: json.loads(text) for name, text in file.metadata().items()}
+        return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+
+
+@pytest.fixture(scope="module")
+def written(captured_llama: Project, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """method -> what it writes."""
+    folder = tmp_path_factory.mktemp("updates")
+    for method in METHODS:
+        (folder / method).mkdir()
+    return {method: write(update_of(captured_llama, method), folder / method) for method in METHODS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_update_writes_its_factors_and_their_error(
+    method: str, written: dict[str, Any], captured_llama: Project
+) -> None:
+    model, captured = BlockModel(captured_llama.folder / "artifacts" / "prepare"), captured_llama.folder / "artifacts"
+    tensors, facts = written[method]
+    assert {name.rsplit(".", 1)[0] for name in tensors} == set(thirds(model)) == set(facts["relative_error"])
+    for name, rank in thirds(model).items():
+        weight, gram = model.weights(BLOCK)[name].double(), gram_of(captured / "capture", BLOCK, name)
+        left, right = tensors[f"{name}.left"], tensors[f"{name}.right"]
+        assert left.shape == (weight.shape[0], rank) and right.shape == (rank, weight.shape[1])
+        assert left.dtype == right.dtype == torch.float32
+        lost = weight - left.double() @ right.double()
+        expected = (torch.trace(lost @ gram @ lost.T) / torch.trace(weight @ gram @ weight.T)).sqrt()
+        assert facts["relative_error"][name] == pytest.approx(float(expected), rel=1e-3)
+    assert set(facts["damping"]) == (set(thirds(model)) if method in DAMPED else set())
+    assert all(value >= 1e-6 for value in facts["damping"].values())
+
+
+def test_the_optimum_is_the_optimum_and_the_methods_differ(written: dict[str, Any]) -> None:
+    errors = {method: facts["relative_error"] for method, (_, facts) in written.items()}
+    for name, best in errors["closed_form"].items():
+        for method in METHODS:
+            assert best <= errors[method][name] + 1e-6, (method, name)
+        for method in ("svd_llm", "svd_llm_v2"):  # optimal in the damped Gram
+            assert errors[method][name] == pytest.approx(best, rel=1e-4)
+        for method in ("svd", "asvd", "two_sided", "ipca"):
+            assert errors[method][name] > 1.0001 * best, (method, name)
+        assert errors["svd"][name] != pytest.approx(errors["asvd"][name], rel=1e-3)
+
+
+def test_the_three_routes_to_the_optimum_agree_on_captured_grams(captured_llama: Project) -> None:
+    """Undamped and before rounding: one relative error to 1e-8, which the plain SVD misses (negative control)."""
+    artifacts = captured_llama.folder / "artifacts"
+    model, captured = BlockModel(artifacts / "prepare"), artifacts / "capture"
+    for index in range(len(model.names)):
+        weights, input_of = model.weights(index), inputs_of(captured, index)
+        grams = {owner: gram_of(captured, index, owner) for owner in set(input_of.values())}
+        own = {name: grams[input_of[name]] for name in weights}
+        ranks = {name: min(weight.shape) // 3 for name, weight in weights.items()}
+        best = closed_form_factors(weights, own, ranks)
+        plain = svd_factors(weights, ranks)
+        for form in ("cholesky", "two_svds"):
+            options = {"form": form, "damping": 0.0, "max_damping": 0.0}
+            found, damping = svd_llm_factors(weights, grams, input_of, ranks, **options)
+            assert set(damping.values()) == {0.0}
+            for name, weight in weights.items():
+                expected = relative_error(weight, best[name], own[name])
+                assert relative_error(weight, found[name], own[name]) == pytest.approx(expected, rel=1e-8)
+                assert relative_error(weight, plain[name], own[name]) > (1 + 1e-3) * expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_ipca_reads_calibration_windows(
+    method: str, written: dict[str, Any], captured_llama: Project, tmp_path: Path
+) -> None:
+    update = update_of(captured_llama, method, calibration=tmp_path / "missing.parquet")
+    if method == "ipca":
+        with pytest.raises(SpectrimError, match=r"missing\.parquet"):
+            write(update, tmp_path)
+    else:
+        write(update, tmp_path)
+
+
+def test_the_key_holds_what_the_method_depends_on(captured_llama: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(captured_llama.folder)
+    identities = {method: update_of(captured_llama, method).identity() for method in METHODS}
+    assert len({json.dumps(identity) for identity in identities.values()}) == len(METHODS)
+    for method in METHODS:
+        other = update_of(captured_llama, method, damping=1e-4).identity()
+        assert (other != identities[method]) == (method in ("svd_llm", "svd_llm_v2")), method
+        folders = [file.parent.name for file in update_of(captured_llama, method).inputs(BLOCK)]
+        assert folders == (["inputs", "factors"] if method == "two_sided" else ["inputs"])
