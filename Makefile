@@ -9,7 +9,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv repro flow test lint ci-report lock clean
+.PHONY: help .venv repro flow preset test lint ci-report lock clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z.-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F '\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -30,6 +30,10 @@ repro: .venv/.installed ## the compressed model and its report, from params.yaml
 
 flow: .venv/.installed ## the same under Prefect, with its UI
 	python -m pipeline.flow
+
+preset: .venv/.installed ## NAME=dobi-svd: the values of a published method into params.yaml, see presets/
+	$(if $(NAME),,$(error name a preset, make preset NAME=dobi-svd; there are: $(sort $(notdir $(basename $(wildcard presets/*.yaml))))))
+	@python -m pipeline.preset $(NAME)
 
 test: .venv/.installed ## the whole test suite, one file per core at a time
 	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile

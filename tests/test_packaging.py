@@ -76,7 +76,7 @@ def test_this_environment_is_the_locked_one(locked: dict[str, str]) -> None:
 
 def test_make_alone_explains_every_target() -> None:
     done = subprocess.run(["make"], cwd=REPOSITORY, check=True, capture_output=True, text=True)
-    for target in (".venv", "repro", "flow", "test", "lint", "ci-report", "clean"):
+    for target in (".venv", "repro", "flow", "preset", "test", "lint", "ci-report", "clean"):
         assert f"make {target} " in done.stdout
 
 
