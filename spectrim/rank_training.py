@@ -165,8 +165,7 @@ def train(
             full = modules[name].full_rank
             widest = max(width * full, 1 / beta)
             modules[name].beta = 1 / (widest * (1 / beta / widest) ** (step / max(steps - 1, 1)))
-        batch = windows[order[step * batch_size : (step + 1) * batch_size]]
-        loss = next_token_loss(model, batch)
+        loss = next_token_loss(model, windows[order[step * batch_size : (step + 1) * batch_size]])
         if not torch.isfinite(loss):
             raise NumericalError(f"train_ranks step {step}: the loss is {loss.item()}; lower train_ranks.learning_rate")
         optimizer.zero_grad()

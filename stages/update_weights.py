@@ -8,7 +8,6 @@ params  update_weights, compression.{exclude,seed}, capture.{damping,max_damping
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pipeline.params import UpdateWeights
+from pipeline.params import load
+from pipeline.sections import UpdateWeights
 from pipeline.updates import Update
 from spectrim.blocks import BlockModel
 from spectrim.capture import gram_of, inputs_of
@@ -23,7 +24,8 @@ BLOCK = 1
 
 def update_of(project: Project, method: str, calibration: Path | None = None, damping: float = 1e-6) -> Update:
     artifacts = project.folder / "artifacts"
-    settings = UpdateWeights(method=method, ipca="exact", ipca_windows=4)
+    refinement = load(project.folder / "params.yaml").update_weights.refinement
+    settings = UpdateWeights(method=method, ipca="exact", ipca_windows=4, refinement=refinement)
     file = calibration or artifacts / "calibrate" / "calibration.parquet"
     return Update(BlockModel(artifacts / "prepare"), artifacts / "capture", file, settings, (damping, 1e-2))
 
