@@ -14,6 +14,7 @@ SMALL = {
     "capture": {"gradient_windows": 4, "gradient_seq_len": 64},
     "train_ranks": {"steps": 4, "seq_len": 64},
     "update_weights": {"ipca_windows": 4},
+    "update_weights.refinement": {"steps": 2, "seq_len": 64, "validate_every": 1},
     "evaluate": {"new_tokens": 8, "speed_prefill_tokens": 64, "speed_decode_tokens": 4, "speed_repeats": 1},
 }
 
@@ -21,8 +22,11 @@ SMALL = {
 def main() -> None:
     file = Path(sys.argv[1])
     params = yaml.safe_load(file.read_text(encoding="utf-8"))
-    for section, values in SMALL.items():
-        params[section].update(values)
+    for path, values in SMALL.items():
+        section = params
+        for name in path.split("."):
+            section = section[name]
+        section.update(values)
     if data := os.environ.get("SPECTRIM_EVAL_DATA"):
         params["evaluate"].update(tasks={"arc_easy": str(Path(data) / "arc_easy_test.jsonl")}, task_limit=2)
     file.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")

@@ -75,7 +75,8 @@ class Update:
             for name, pair in made.items()
         }
         facts = {"relative_error": errors, "damping": damping}
-        metadata = {name: json.dumps(values, sort_keys=True) for name, values in facts.items()}
+        # one key: safetensors writes several in a random order, and equal layers are to be equal bytes
+        metadata = {"facts": json.dumps(facts, sort_keys=True)}
         save_file(tensors, folder / f"{index:03}.safetensors", metadata=metadata)
 
     def _make(

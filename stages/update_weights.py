@@ -89,8 +89,8 @@ def _facts(files: list[Path]) -> dict[str, dict[str, float]]:
     facts: dict[str, dict[str, float]] = {"relative_error": {}, "damping": {}}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            for fact, values in facts.items():
-                values.update(json.loads(file.metadata()[fact]))
+            for fact, values in json.loads(file.metadata()["facts"]).items():
+                facts[fact] |= values
     return facts
 
 

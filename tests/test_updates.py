@@ -38,7 +38,7 @@ def write(update: Update, folder: Path) -> tuple[dict[str, torch.Tensor], dict[s
     """The tensors and the metadata that an update writes for one block, every matrix at a third of its rank."""
     update.factors(BLOCK, thirds(update.model), folder)
     with safe_open(folder / f"{BLOCK:03}.safetensors", framework="pt") as file:
-        facts = {name: json.loads(text) for name, text in file.metadata().items()}
+        (facts,) = map(json.loads, file.metadata().values())  # one key: the order of several is random
         return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
 
 
