@@ -45,7 +45,9 @@ def load_model(path: Path, dtype: "torch.dtype") -> "PreTrainedModel":
     try:
         if "gguf_file" in location:
             location["quantization_config"] = GgufConfig(dequantize=True)
-        elif quantized := getattr(AutoConfig.from_pretrained(path), "quantization_config", None):
+        elif quantized := getattr(
+            AutoConfig.from_pretrained(path, trust_remote_code=False), "quantization_config", None
+        ):
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
             raise ModelError(f"{path}: already compressed with {method}; give the original weights")
         else:
@@ -81,7 +83,8 @@ def check_context(folder: Path, seq_len: int) -> None:
     """Raise DataError when the model in ``folder`` has fewer positions than ``seq_len`` (tokens)."""
     from transformers import AutoConfig
 
-    positions = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and seq_len > positions:
         raise DataError(
             f"calibrate.seq_len: {seq_len:,} tokens per window, but the model has {positions:,} positions; "

@@ -3,13 +3,15 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectrim.checkpoint import Matrix
-from spectrim.maths.budget import Format, resolve_format
+from spectrim.errors import BudgetError
+from spectrim.maths.budget import Format, matrix_bytes, resolve_format
 from spectrim.maths.lowrank import Factors
 from spectrim.saving import pack
 
@@ -22,6 +24,19 @@ def choose(entry: Mapping[str, object], format: Format) -> Matrix:
     if entry["format"] == "dense" or resolve_format(format, out_features, in_features, rank) == "dense":
         return Matrix("dense", min(out_features, in_features))
     return Matrix(format, rank)
+
+
+def require_within(matrices: Mapping[str, Matrix], ranks: Mapping[str, Any], format: Format) -> None:
+    """Raise BudgetError when the matrices in ``format`` take more bytes than their ranks were chosen under."""
+    needed = sum(
+        matrix_bytes(matrix.format, entry["out_features"], entry["in_features"], matrix.rank)
+        for matrix, entry in zip(matrices.values(), ranks["matrices"].values(), strict=True)
+    )
+    if needed > ranks["budget_bytes"]:
+        raise BudgetError(
+            f"remap.format: {format} takes {needed:,} bytes at ranks chosen for {ranks['format']}, the budget of ratio "
+            f"{ranks['ratio']} is {ranks['budget_bytes']:,}; set compression.format to {format} or remap.format to same"
+        )
 
 
 def pack_block(file: Path, matrices: Mapping[str, Matrix], half: torch.dtype, folder: Path) -> None:

@@ -38,7 +38,7 @@ class BlockModel:
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu", exclude: tuple[str, ...] = ()) -> None:
         self.folder, self.device = Path(folder), torch.device(device)
-        config = AutoConfig.from_pretrained(self.folder)
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         self.dtype = config.dtype or torch.float32
         with init_empty_weights():
             self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
@@ -62,6 +62,7 @@ class BlockModel:
             raise ModelError(
                 f"{self.folder}: no weights for {missing[0]} ({len(missing)} tensors); save the model again"
             )
+        self._returns_tuple()  # now: later it would run block 0 inside a caller's hooks and drop its weights
 
     @contextmanager
     def resident(self, index: int) -> Iterator[nn.Module]:

@@ -268,7 +268,12 @@ def _hooked(linears: Mapping[str, nn.Linear], register: Any) -> Iterator[None]:
 
 def _non_finite(name: str, values: Tensor, part: slice, what: str) -> str:
     windows = values.reshape(part.stop - part.start, -1)
-    bad = next(i for i, row in enumerate(windows) if not torch.isfinite(row).all())
+    bad = next((i for i, row in enumerate(windows) if not torch.isfinite(row).all()), None)
+    if bad is None:  # finite themselves, but not their squares
+        return (
+            f"{name}: {what} of up to {float(values.detach().abs().max()):.3g} in calibration windows {part.start} to "
+            f"{part.stop - 1} overflows its Gram; check the model's weights"
+        )
     return (
         f"{name}: non-finite {what} in calibration window {part.start + bad}; "
         "activations must be finite: use prepare.load_dtype float32 or bfloat16, or check the model's weights"

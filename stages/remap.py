@@ -14,7 +14,7 @@ from pipeline.layers import LayerTask, run_layers
 from pipeline.params import load
 from pipeline.store import LayerStore, code_digest, key
 from spectrim import lowrank_linear, saving
-from spectrim.maths import budget, quantization
+from spectrim.maths import budget, pivoting, quantization
 
 
 def main() -> None:
@@ -24,10 +24,11 @@ def main() -> None:
     ranks = read_json(ranks_file)
     format = ranks["format"] if params.remap.format == "same" else params.remap.format
     matrices = {name: packing.choose(entry, format) for name, entry in ranks["matrices"].items()}
+    packing.require_within(matrices, ranks, format)
     listed = {name: list(matrix) for name, matrix in matrices.items()}
     files = sorted(artifact("update_weights").glob("*.safetensors"))
     factors = {file.stem: sha256_file(file) for file in files}
-    code = code_digest(packing, saving, lowrank_linear, budget, quantization)
+    code = code_digest(packing, saving, lowrank_linear, budget, pivoting, quantization)
     tasks = [
         LayerTask(
             f"block {file.stem}",

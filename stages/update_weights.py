@@ -20,7 +20,7 @@ from pipeline.params import Params, load
 from pipeline.store import LayerStore, code_digest, key, link_or_copy
 from pipeline.texts import load_windows
 from spectrim import blocks, capture, evaluation, lowrank_linear, modules, refinement, weight_update
-from spectrim.maths import lowrank, subspace, whitening
+from spectrim.maths import lowrank, quantization, subspace, whitening
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def _refined(params: Params, model: blocks.BlockModel, files: list[Path], store:
     name = key(
         "update_weights",
         "refinement",
-        code_digest(refine, refinement, blocks, capture, modules, lowrank_linear, evaluation),
+        code_digest(refine, refinement, blocks, capture, modules, lowrank_linear, evaluation, quantization),
         read_json(prepared / "prepare.json")["model_sha256"],
         [tokens[part]["tokens_sha256"] for part in ("calibration", "validation")],
         [sha256_file(file) for file in files],

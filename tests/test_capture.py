@@ -120,3 +120,9 @@ def test_non_finite_input_names_layer_and_window(model_folders: dict[str, Path])
 def test_second_moment_is_the_product(features: int) -> None:
     x = torch.randn(40, features, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(capture.second_moment(x).triu(), (x.T @ x).triu(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_overflows_its_gram_is_named() -> None:
+    """Finite activations whose squares are not: no window is to blame, the numbers are."""
+    found = capture._non_finite("model.layers.0.x", torch.full((2, 3), 1e30), slice(4, 6), "input")
+    assert "model.layers.0.x: input of up to 1e+30 in calibration windows 4 to 5 overflows its Gram" in found

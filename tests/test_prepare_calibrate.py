@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import params, texts
+from pipeline import originals, params, texts
 from spectrim.errors import DataError, ModelError, SourceError
 from stages import calibrate, prepare
 from tests import tiny
@@ -294,3 +294,16 @@ def test_calibrate_refuses(values: dict[str, Any], message: str, project: Change
         calibrate.main()
     assert Path("artifacts/calibrate/calibrate.json").read_bytes() == before
     assert sorted(path.name for path in Path("artifacts").iterdir()) == ["calibrate", "prepare"]
+
+
+def test_a_models_own_code_is_never_run(tmp_path: Path) -> None:
+    folder, trace = tmp_path / "model", tmp_path / "trace"
+    folder.mkdir()
+    (folder / "code.py").write_text(f"open({str(trace)!r}, 'w')\nfrom transformers import PretrainedConfig as Config\n")
+    config = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match="not a language model that transformers can read"):
+        originals.load_model(folder, torch.float16)
+    with pytest.raises(ValueError, match="custom code"):
+        originals.check_context(folder, 8)
+    assert not trace.exists()

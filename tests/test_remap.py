@@ -9,9 +9,10 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline import params
+from pipeline import packing, params
 from spectrim.checkpoint import read_bytes
-from spectrim.maths.budget import Format, resolve_format, stored_bytes
+from spectrim.errors import BudgetError
+from spectrim.maths.budget import Format, dense_bytes, resolve_format, stored_bytes
 from spectrim.modules import linears_by_block
 from stages import remap
 from tests import tiny
@@ -41,7 +42,9 @@ def make_artifacts(root: Path) -> dict[str, tuple[int, int]]:
                 left, right = truncated(linear.weight.detach(), RANK)
                 tensors |= {f"{name}.left": left.contiguous(), f"{name}.right": right.contiguous()}
         save_file(tensors, root / "update_weights" / f"{index:03}.safetensors")
+    budget = sum(dense_bytes(*shape) for shape in shapes.values())
     ranks = {"version": 1, "chosen": "uniform", "ratio": 0.8, "format": "float16", "matrices": matrices}
+    ranks["budget_bytes"] = budget
     (root / "train_ranks").mkdir()
     (root / "train_ranks" / "ranks.json").write_text(json.dumps(ranks))
     return shapes
@@ -78,3 +81,13 @@ def test_the_checkpoint_has_the_budgeted_bytes_and_a_resumed_run_gives_the_same(
     remap.main()
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == first
     params.load.cache_clear()
+
+
+def test_a_format_dearer_than_the_budget_is_refused() -> None:
+    entry = {"rank": 8, "format": "int8", "out_features": 24, "in_features": 40}
+    ranks = {"matrices": {"a": entry}, "budget_bytes": 8 * 72, "format": "int8", "ratio": 0.3}
+    packing.require_within({"a": packing.choose(entry, "int8")}, ranks, "int8")
+    with pytest.raises(
+        BudgetError, match=r"remap\.format: float16 takes 1,024 bytes at ranks chosen for int8, .* is 576"
+    ):
+        packing.require_within({"a": packing.choose(entry, "float16")}, ranks, "float16")
