@@ -19,7 +19,9 @@ from pipeline.console import bar, say
 from pipeline.measure import load_model
 from pipeline.sections import Refinement as Settings
 from pipeline.store import LayerStore, key
+from pipeline.texts import load_windows
 from spectrim.blocks import BlockModel
+from spectrim.capture import last_hidden
 from spectrim.evaluation import perplexity
 from spectrim.maths.lowrank import Factors
 from spectrim.refinement import Refinement, attach, checkpoint_blocks
@@ -46,34 +48,35 @@ class Refine:
 
     Args:
         prepared: folder of the dense model.
-        model: the same model block by block; its head gives the teacher's logits.
+        calibrate: folder of the calibration windows, and of the validation windows, which are only measured on.
+        captured: folder of what left the dense model's last block for the calibration windows.
+        model: the dense model block by block; its head gives the teacher's logits.
         files: what the closed form left, one file per block.
-        windows, hidden: calibration windows (windows, seq) and what left the dense model's last block for them.
-        validation: windows that are only measured on.
         name: identifies everything the run depends on, for its snapshots.
     """
 
     def __init__(
         self,
         prepared: Path,
+        calibrate: Path,
+        captured: Path,
         model: BlockModel,
         files: Sequence[Path],
-        windows: Tensor,
-        hidden: Tensor,
-        validation: Tensor,
         settings: Settings,
         seed: int,
         store: LayerStore,
         name: str,
     ) -> None:
-        self.prepared, self.model, self.files = prepared, model, files
-        self.windows, self.hidden, self.validation = windows, hidden, validation
+        self.prepared, self.calibrate, self.captured = prepared, calibrate, captured
+        self.model, self.files = model, files
         self.settings, self.seed, self.store, self.name = settings, seed, store, name
         self.curve: list[Point] = []
 
     def __call__(self, folder: Path) -> None:
         """Train, and write one file of factors per block, the curve and a summary into ``folder``."""
         settings = self.settings
+        windows = load_windows(self.calibrate / "calibration.parquet")[:, : settings.seq_len]
+        validation = load_windows(self.calibrate / "validation.parquet")
         student = load_model(self.prepared, self.model.device)
         if settings.checkpointing:
             checkpoint_blocks(student)
@@ -81,7 +84,7 @@ class Refine:
             student,
             attach(student, _read(self.files)),
             self._teacher(),
-            self.windows[:, : settings.seq_len],
+            windows,
             steps=settings.steps,
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
@@ -90,7 +93,7 @@ class Refine:
         )
         self._resume(run)
         if not self.curve:
-            self._measure(run, None)
+            self._measure(run, validation, None)
         with bar("update_weights: refinement", settings.steps, initial=run.step, unit="step") as progress:
             while run.step < settings.steps and not self._worn():
                 losses = []
@@ -98,18 +101,22 @@ class Refine:
                     losses.append(run.advance())
                     progress.set_postfix(loss=f"{losses[-1]:.4f}", validation=f"{self.curve[-1].validation_loss:.4f}")
                     progress.update()
-                self._measure(run, math.fsum(losses) / len(losses))
+                self._measure(run, validation, math.fsum(losses) / len(losses))
                 self._keep(run)
         self._write(folder)
-        shutil.rmtree(self.store.path(self._key(run.step)), ignore_errors=True)
+
+    def clear(self) -> None:
+        """Drop what only an unfinished run needs: once the result is in the store, not before."""
+        for step in self._snapshots():
+            shutil.rmtree(self.store.path(self._key(step)), ignore_errors=True)
 
     def _teacher(self):  # type: ignore[no-untyped-def]
-        hidden = self.hidden[:, : self.settings.seq_len]
+        hidden = last_hidden(self.captured)[:, : self.settings.seq_len]
         return lambda tokens, chosen: self.model.logits(tokens, hidden[chosen].to(self.model.device))
 
-    def _measure(self, run: Refinement, loss: float | None) -> None:
+    def _measure(self, run: Refinement, validation: Tensor, loss: float | None) -> None:
         """Add a point to the curve."""
-        measured = math.log(perplexity(run.model, self.validation)["perplexity"])  # type: ignore[arg-type]
+        measured = math.log(perplexity(run.model, validation)["perplexity"])  # type: ignore[arg-type]
         self.curve.append(Point(run.step, loss, measured))
 
     def _best(self) -> int:
@@ -138,12 +145,11 @@ class Refine:
 
     def _resume(self, run: Refinement) -> None:
         """Go on from the newest snapshot, if there is one."""
-        every, steps = self.settings.validate_every, self.settings.steps
-        for step in sorted({*range(every, steps, every), steps}, reverse=True):
+        for step in self._snapshots():
             if entry := self.store.lookup(self._key(step)):
                 run.restore(load_file(entry / "state.safetensors"), step)
                 self.curve = [Point(**point) for point in read_json(entry / "curve.json")]
-                say(f"update_weights: refinement: goes on after step {step} of {steps}")
+                say(f"update_weights: refinement: goes on after step {step} of {self.settings.steps}")
                 return
 
     def _write(self, folder: Path) -> None:
@@ -155,6 +161,11 @@ class Refine:
         write_curve(folder / CURVE, self.curve)
         losses = [point.validation_loss for point in self.curve]
         write_json(folder / SUMMARY, {"steps": kept, "before": losses[0], "after": min(losses)})
+
+    def _snapshots(self) -> list[int]:
+        """The steps that a snapshot may be of, the newest first."""
+        every, steps = self.settings.validate_every, self.settings.steps
+        return sorted({*range(every, steps, every), steps}, reverse=True)
 
     def _key(self, step: int) -> str:
         return key("refinement", self.name, step)

@@ -9,7 +9,7 @@ after each step the fractions are put back on the plane Σ cost·θ = budget, so
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from spectrim.errors import NumericalError
 from spectrim.maths.lowrank import Factors
+from spectrim.maths.sampling import in_rounds
 from spectrim.maths.truncation import smooth_gate, truncated_activation
 from spectrim.modules import replace
 
@@ -158,7 +159,7 @@ def train(
     budget = sum(costs[name] * modules[name].share(initial[name]) for name in trained)
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    order = _order(len(windows), steps * batch_size, seed)
+    order = in_rounds(len(windows), steps * batch_size, seed)
     for step in range(steps):
         started = time.perf_counter()
         for name in trained:
@@ -224,9 +225,3 @@ def validation_loss(
         bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
         raise NumericalError(f"validation window {bad}: the loss is {losses[bad]}; the candidate ranks are unusable")
     return mean
-
-
-def _order(n_windows: int, n_draws: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    rounds: Iterable[Tensor] = (torch.randperm(n_windows, generator=generator) for _ in range(-(-n_draws // n_windows)))
-    return torch.cat(list(rounds))[:n_draws]

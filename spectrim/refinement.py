@@ -26,6 +26,7 @@ from spectrim.errors import NumericalError
 from spectrim.lowrank_linear import LowRankLinear
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import balance
+from spectrim.maths.sampling import in_rounds
 from spectrim.modules import decoder_blocks, replace
 
 WARMUP = 0.06  # of the steps
@@ -127,7 +128,7 @@ class Refinement:
             self.parameters.values(), lr=learning_rate, betas=BETAS, weight_decay=0.0, foreach=False
         )
         self._peak = learning_rate
-        self._order = _order(len(windows), steps * batch_size, seed)
+        self._order = in_rounds(len(windows), steps * batch_size, seed)
 
     def advance(self) -> float:
         """One step; returns its loss in nats per token before the step.
@@ -192,9 +193,3 @@ def course(step: int, steps: int) -> float:
     warmup = max(1, round(WARMUP * steps))
     descent = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * step / steps))
     return min(1.0, (step + 1) / warmup) * descent
-
-
-def _order(n_windows: int, n_draws: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(n_windows, generator=generator) for _ in range(-(-n_draws // n_windows))]
-    return torch.cat(rounds)[:n_draws]

@@ -18,9 +18,8 @@ from pipeline.devices import resolve
 from pipeline.layers import LayerTask, run_layers
 from pipeline.params import Params, load
 from pipeline.store import LayerStore, code_digest, key, link_or_copy
-from pipeline.texts import load_windows
 from spectrim import blocks, capture, evaluation, lowrank_linear, modules, refinement, weight_update
-from spectrim.maths import lowrank, quantization, subspace, whitening
+from spectrim.maths import lowrank, quantization, sampling, subspace, whitening
 
 
 def main() -> None:
@@ -69,7 +68,7 @@ def _refined(params: Params, model: blocks.BlockModel, files: list[Path], store:
     name = key(
         "update_weights",
         "refinement",
-        code_digest(refine, refinement, blocks, capture, modules, lowrank_linear, evaluation, quantization),
+        code_digest(refine, refinement, blocks, capture, modules, lowrank_linear, evaluation, quantization, sampling),
         read_json(prepared / "prepare.json")["model_sha256"],
         [tokens[part]["tokens_sha256"] for part in ("calibration", "validation")],
         [sha256_file(file) for file in files],
@@ -77,10 +76,9 @@ def _refined(params: Params, model: blocks.BlockModel, files: list[Path], store:
         seed,
         str(model.device),
     )
-    windows, validation = (load_windows(calibrate / f"{part}.parquet") for part in ("calibration", "validation"))
-    hidden = capture.last_hidden(artifact("capture"))
-    run = refine.Refine(prepared, model, files, windows, hidden, validation, settings, seed, store, name)
+    run = refine.Refine(prepared, calibrate, artifact("capture"), model, files, settings, seed, store, name)
     entries = run_layers("refinement", [LayerTask("refinement", name, run)], params.runtime, store, ordered=True)
+    run.clear()
     return entries["refinement"]
 
 

@@ -9,6 +9,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from spectrim.maths.lowrank import Factors
+
 
 def draw(seed: int, out: int, in_: int, tokens: int, skew: float = 1.0) -> tuple[Tensor, Tensor]:
     """W (out, in) and X (tokens, in), float64, X's columns scaled from 1 down to 10^-skew and mixed: a skewed Gram."""
@@ -164,3 +166,10 @@ def largest_volume(left: Tensor, rank: int) -> float:
     """max |det| over every choice of ``rank`` rows."""
     choices = itertools.combinations(range(len(left)), rank)
     return max(abs(float(torch.linalg.det(left[list(rows)]))) for rows in choices)
+
+
+def unpivot(rows: Tensor, coefficients: Tensor, order: Tensor) -> Factors:
+    """left (out, r) with a unit row for every pivot and its coefficients for every other row, and right = rows."""
+    identity = [torch.eye(len(rows), dtype=rows.dtype)[at] for at in range(len(rows))]
+    everything = [*identity, *coefficients]
+    return Factors(torch.stack([everything[int(at)] for at in order]), rows)

@@ -70,13 +70,13 @@ def _kill_in_a_commit(left: int) -> None:
     commit = LayerStore.commit
 
     def counting(self: Any, key: str, writer: Callable[[Path], None]) -> Path:
-        nonlocal left
-        left -= 1
+        def counted(folder: Path) -> None:
+            nonlocal left
+            writer(folder)  # which may commit entries of its own: they are finished, and count, before it is
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-        def fatal(folder: Path) -> None:
-            writer(folder)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        return commit(self, key, writer if left >= 0 else fatal)
+        return commit(self, key, counted)
 
     LayerStore.commit = counting  # type: ignore[method-assign]

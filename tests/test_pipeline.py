@@ -193,7 +193,7 @@ def test_a_bad_parameter_costs_nothing(finished_llama: Project, tmp_path: Path) 
     assert contents(project.folder / "artifacts") == contents(finished_llama.folder / "artifacts")
 
 
-# in the inputs, the gradients and the last of them of capture; in the closed form and in the refinement
+# in the inputs, the gradients and the last of them of capture; in the closed form and in both snapshots of refinement
 KILLED = [*(("capture", n) for n in (4, 8, 11)), *(("update_weights", n) for n in (1, 3, 4)), ("remap", 2)]
 
 
@@ -214,6 +214,18 @@ def test_a_killed_stage_goes_on_where_it_was(stage: str, commits: int, finished_
     assert set(now) - set(survivors), "the unfinished layers were computed"
     assert not list((project.folder / ".spectrim" / "layers").glob(".partial-*"))
     assert contents(project.folder / "artifacts" / stage) == contents(finished_llama.folder / "artifacts" / stage)
+
+
+def test_a_refinement_killed_in_its_last_commit_is_not_trained_again(finished_llama: Project, tmp_path: Path) -> None:
+    project = finished_llama.copy(tmp_path / "llama")
+    forget(project, "update_weights")
+    killed = project.stage("update_weights", check=False, kill_after=5)  # three blocks, two snapshots, then the result
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = project.stage("update_weights")
+    assert "goes on after step 4 of 4" in done.stderr
+    expected = contents(finished_llama.folder / "artifacts" / "update_weights")
+    assert contents(project.folder / "artifacts" / "update_weights") == expected
+    assert not list((project.folder / ".spectrim" / "layers").glob("*/state.safetensors"))
 
 
 def test_a_killed_dvc_repro_goes_on_where_it_was(finished_llama: Project, tmp_path: Path) -> None:

@@ -73,13 +73,6 @@ def pivot(factors: Factors) -> Pivoted:
     return Pivoted((left[pivots] @ right).to(dtype), coefficients.to(dtype), order.int(), exchanges)
 
 
-def unpivot(pivoted: Pivoted) -> Factors:
-    """left = [I; coefficients][order] (out, r) and right = rows (r, in): factors of the same product."""
-    rows, coefficients = pivoted.rows, pivoted.coefficients
-    left = torch.cat([torch.eye(len(rows), dtype=rows.dtype, device=rows.device), coefficients.to(rows.dtype)])
-    return Factors(left[pivoted.order.long()], rows)
-
-
 def _strengthened(basis: Tensor, pivots: Tensor) -> tuple[Tensor, int]:
     """Pivots, ascending, with no coefficient above BOUND, and how many rows were exchanged for that."""
     pivots = pivots.sort().values
