@@ -102,7 +102,7 @@ class Table:
             return allocation.uniform(self.shapes, ratio, "float16", 1)
         spectra = load_file(CAPTURED / "spectra.safetensors")
         energies = [spectra[f"two_sided.{name}"] ** 2 for name in self.linears]
-        return allocation.fisher(energies, self.shapes, budget.budget_bytes(self.shapes, ratio), "float16", 1)
+        return allocation.fisher(energies, self.shapes, budget.budget_bytes(self.shapes, ratio), "float16", 1).ranks
 
 
 def check_protocol() -> None:

@@ -40,6 +40,7 @@ class RankSearch:
         self.linears = {name: module for block in self.blocks.values() for name, module in block.items()}
         self.shapes = [(module.out_features, module.in_features) for module in self.linears.values()]
         self.budget_bytes = budget.budget_bytes(self.shapes, shared.ratio)
+        self.optimality_gap: float | None = None
 
     def uniform(self) -> Ranks:
         """The same share of bytes for every matrix."""
@@ -47,11 +48,12 @@ class RankSearch:
         return dict(zip(self.linears, found, strict=True))
 
     def fisher(self) -> Ranks:
-        """Water-filling of the predicted loss, dense being a choice."""
+        """The least predicted loss under the budget, dense being a choice; sets ``optimality_gap``."""
         spectra = load_file(self.captured / "spectra.safetensors")
         energies = [spectra[f"two_sided.{name}"] ** 2 for name in self.linears]
         found = allocation.fisher(energies, self.shapes, self.budget_bytes, self.shared.format, self.shared.align)
-        return dict(zip(self.linears, found, strict=True))
+        self.optimality_gap = found.gap
+        return dict(zip(self.linears, found.ranks, strict=True))
 
     def train(self, windows: Tensor, candidates: Mapping[str, Ranks], curve: list[Step]) -> Ranks:
         """Ranks trained from the knapsack's (gates) or from uniform ranks (dobi), projected onto the budget.
@@ -124,6 +126,7 @@ class RankSearch:
             "align": self.shared.align,
             "budget_bytes": self.budget_bytes,
             "bytes": total,
+            "optimality_gap": self.optimality_gap,
             "matrices": matrices,
         }
 

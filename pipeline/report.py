@@ -157,7 +157,7 @@ def _text(
         "prompt": params.evaluate.prompt,
         "generation": metrics["generation"],
         "generation_dense": metrics.get("generation_dense"),
-        "recipe": _recipe(params, calibrate),
+        "recipe": _recipe(params, calibrate, ranks),
         "protocol": tables.protocol_table(metrics),
     }
 
@@ -174,7 +174,7 @@ def _stored(params: Params) -> str:
     return params.compression.format if params.remap.format == "same" else params.remap.format
 
 
-def _recipe(params: Params, calibrate: Mapping[str, Any]) -> tables.Table:
+def _recipe(params: Params, calibrate: Mapping[str, Any], ranks: Mapping[str, Any]) -> tables.Table:
     rows = [
         ("model", params.model.source),
         (
@@ -186,6 +186,7 @@ def _recipe(params: Params, calibrate: Mapping[str, Any]) -> tables.Table:
             f"{params.train_ranks.method}, {params.train_ranks.whitening} whitening, "
             f"multiples of {params.compression.align}",
         ),
+        *([("knapsack", note)] if (note := tables.gap_note(ranks)) else []),
         ("weights", params.update_weights.method),
         ("stored as", _stored(params)),
     ]

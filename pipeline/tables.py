@@ -208,6 +208,14 @@ def refined_note(curve: "Mapping[str, np.ndarray]") -> str:
     )
 
 
+def gap_note(ranks: Mapping[str, Any]) -> str | None:
+    """How far the knapsack's ranks can be from the least predicted loss; None when no knapsack was solved."""
+    gap = ranks["optimality_gap"]
+    if gap is None:
+        return None
+    return f"predicted loss of fisher's ranks proven within {100 * gap:.2g} % of the optimum"
+
+
 def candidates_table(ranks: Mapping[str, Any]) -> Table | None:
     """Validation loss of each way to choose the ranks, best first, the kept one emphasised; None without a choice."""
     if not ranks["validation_loss"]:

@@ -102,7 +102,18 @@ def test_the_page_is_whole_and_needs_nothing_but_itself(usual: report.Report) ->
 
 def test_both_documents_hold_the_numbers_and_the_samples(usual: report.Report) -> None:
     for text in (usual.markdown, Page(usual.html).text):
-        for shown in ("35.13", "21.93", "+60.2 %", "80.0 %", "RTN int8", "RTN int4", "453.1 MB", "0.96×", "down_proj"):
+        for shown in (
+            "35.13",
+            "21.93",
+            "+60.2 %",
+            "80.0 %",
+            "RTN int8",
+            "RTN int4",
+            "453.1 MB",
+            "0.96×",
+            "down_proj",
+            "within 4.8e-05 %",
+        ):
             assert shown in text, shown
         for shown in (*report_project.GENERATION.splitlines(), "the city of light", "16,368", "3f3f3f3f"):
             assert shown in text, shown

@@ -154,6 +154,11 @@ def test_another_kept_candidate_is_named_with_both_losses(ranks: dict[str, Any])
     assert "fisher 3.7204, gates 3.7711" in note
 
 
+def test_the_proven_gap_of_the_knapsack_is_said_where_one_was_solved(ranks: dict[str, Any]) -> None:
+    assert tables.gap_note(ranks) == "predicted loss of fisher's ranks proven within 4.8e-05 % of the optimum"
+    assert tables.gap_note(ranks | {"optimality_gap": None}) is None
+
+
 def test_candidates_are_ordered_by_validation_loss(ranks: dict[str, Any]) -> None:
     table = tables.candidates_table(ranks)
     assert table is not None

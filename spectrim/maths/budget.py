@@ -16,7 +16,7 @@ matrix whose factors would cost as much as the dense weight or more is stored de
 Σ stored_bytes / Σ dense_bytes, in (0, 1].
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterable
 from fractions import Fraction
 from typing import Literal
@@ -77,14 +77,6 @@ def break_even_rank(format: Format, out: int, in_: int) -> int:
     """Largest rank whose factors are strictly cheaper than the dense weight, in [0, min(out, in)]."""
     ranks = range(1, min(out, in_) + 1)
     return bisect_left(ranks, dense_bytes(out, in_), key=lambda rank: matrix_bytes(format, out, in_, rank))
-
-
-def max_rank(format: Format, out: int, in_: int, budget_bytes: int) -> int:
-    """Largest rank with stored_bytes <= budget_bytes; 0 if rank 1 is too dear, min(out, in) where dense fits."""
-    if budget_bytes >= dense_bytes(out, in_):
-        return min(out, in_)
-    ranks = range(1, break_even_rank(format, out, in_) + 1)
-    return bisect_right(ranks, budget_bytes, key=lambda rank: matrix_bytes(format, out, in_, rank))
 
 
 def budget_bytes(shapes: Iterable[Shape], ratio: float) -> int:

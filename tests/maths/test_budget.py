@@ -1,7 +1,5 @@
 """Bytes of every storage format against a count of its tensors."""
 
-from fractions import Fraction
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +10,6 @@ from spectrim.maths.budget import (
     budget_bytes,
     dense_bytes,
     matrix_bytes,
-    max_rank,
     resolve_format,
     stored_bytes,
 )
@@ -62,23 +59,6 @@ def test_a_matrix_is_dense_exactly_when_its_factors_are_not_cheaper(format, out,
     assert resolve_format(format, out, in_, rank) == (format if factors < dense else "dense")
     assert stored_bytes(format, out, in_, rank) == min(factors, dense)
     assert (rank <= break_even_rank(format, out, in_)) == (factors < dense)
-
-
-@settings(deadline=None)
-@given(formats, sizes, sizes, st.integers(0, 12000))
-def test_max_rank_is_the_largest_that_fits(format, out, in_, budget):
-    fitting = [rank for rank in range(1, min(out, in_) + 1) if stored_bytes(format, out, in_, rank) <= budget]
-    assert max_rank(format, out, in_, budget) == max(fitting, default=0)
-
-
-@settings(deadline=None)
-@given(sizes, sizes, st.fractions(Fraction(1, 50), 1))
-def test_float16_rank_of_a_ratio_is_the_textbook_one(out, in_, ratio):
-    """int(ratio·m·n/(m + n)), as in SVD-LLM, below the dense weight."""
-    budget = int(ratio * dense_bytes(out, in_))
-    if budget < dense_bytes(out, in_):
-        textbook = int(ratio * out * in_ / (out + in_))
-        assert max_rank("float16", out, in_, budget) == min(textbook, break_even_rank("float16", out, in_))
 
 
 def test_break_even_of_int8_is_capped_at_full_rank():
