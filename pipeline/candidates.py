@@ -1,10 +1,12 @@
 """The candidates of `train_ranks`: what each method proposes, trained and measured on one copy of the model."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,6 +30,17 @@ from spectrim.rank_training import (
 Ranks = dict[str, int]
 
 
+def tied_linears(captured: Path, blocks: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Names of the linears that read the same tensor, as `capture` saw it happen, block by block."""
+    groups: dict[str, list[str]] = {}
+    for index, block in enumerate(blocks.values()):
+        with safe_open(captured / "inputs" / f"{index:03}.safetensors", framework="pt") as handle:
+            input_of = json.loads(handle.metadata()["input_of"])
+        for name in block:
+            groups.setdefault(input_of[name], []).append(name)
+    return list(groups.values())
+
+
 class RankSearch:
     """Proposes ranks for every compressible linear of a prepared model under one byte budget."""
 
@@ -41,17 +54,22 @@ class RankSearch:
         self.shapes = [(module.out_features, module.in_features) for module in self.linears.values()]
         self.budget_bytes = budget.budget_bytes(self.shapes, shared.ratio)
         self.optimality_gap: float | None = None
+        names = list(self.linears)
+        self.tied = tied_linears(captured, self.blocks) if shared.tie else [[name] for name in names]
+        self.groups = [[names.index(name) for name in group] for group in self.tied]
 
     def uniform(self) -> Ranks:
         """The same share of bytes for every matrix."""
-        found = allocation.uniform(self.shapes, self.shared.ratio, self.shared.format, self.shared.align)
+        shared = self.shared
+        found = allocation.uniform(self.shapes, shared.ratio, shared.format, shared.align, self.groups)
         return dict(zip(self.linears, found, strict=True))
 
     def fisher(self) -> Ranks:
         """The least predicted loss under the budget, dense being a choice; sets ``optimality_gap``."""
         spectra = load_file(self.captured / "spectra.safetensors")
         energies = [spectra[f"two_sided.{name}"] ** 2 for name in self.linears]
-        found = allocation.fisher(energies, self.shapes, self.budget_bytes, self.shared.format, self.shared.align)
+        shared = self.shared
+        found = allocation.fisher(energies, self.shapes, self.budget_bytes, shared.format, shared.align, self.groups)
         self.optimality_gap = found.gap
         return dict(zip(self.linears, found.ranks, strict=True))
 
@@ -84,6 +102,7 @@ class RankSearch:
                 costs,
                 start,
                 windows,
+                groups=self.tied if settings.method == "gates" else (),
                 steps=settings.steps,
                 batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
@@ -93,7 +112,8 @@ class RankSearch:
                 on_step=on_step,
             )
         wanted = [trained.get(name, min(self._shape(name))) for name in self.linears]
-        found = allocation.project(wanted, self.shapes, self.budget_bytes, self.shared.format, self.shared.align)
+        shared = self.shared
+        found = allocation.project(wanted, self.shapes, self.budget_bytes, shared.format, shared.align, self.groups)
         return dict(zip(self.linears, found, strict=True))
 
     def validate(self, candidates: Mapping[str, Ranks], windows: Tensor) -> dict[str, float]:
@@ -124,6 +144,7 @@ class RankSearch:
             "ratio": self.shared.ratio,
             "format": self.shared.format,
             "align": self.shared.align,
+            "tie": self.shared.tie,
             "budget_bytes": self.budget_bytes,
             "bytes": total,
             "optimality_gap": self.optimality_gap,

@@ -184,7 +184,8 @@ def _recipe(params: Params, calibrate: Mapping[str, Any], ranks: Mapping[str, An
         (
             "ranks",
             f"{params.train_ranks.method}, {params.train_ranks.whitening} whitening, "
-            f"multiples of {params.compression.align}",
+            f"multiples of {params.compression.align}"
+            f"{', one rank for linears that read the same input' if params.compression.tie else ''}",
         ),
         *([("knapsack", note)] if (note := tables.gap_note(ranks)) else []),
         ("weights", params.update_weights.method),

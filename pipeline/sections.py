@@ -50,11 +50,15 @@ class Text:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Compression:
-    """What every compressing stage shares; ``ratio`` = bytes kept / 16-bit bytes of the same linears."""
+    """What every compressing stage shares; ``ratio`` = bytes kept / 16-bit bytes of the same linears.
+
+    ``tie`` gives the linears that read the same input (q/k/v, gate/up) one common rank.
+    """
 
     ratio: float
     format: Literal["float16", "pifa", "remap", "int8"]
     align: int
+    tie: bool
     exclude: list[str]
     seed: int
 

@@ -9,7 +9,7 @@ after each step the fractions are put back on the plane Σ cost·θ = budget, so
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,26 +30,28 @@ class Truncated(nn.Module):
 
     Two factors of rank τ take θ = τ/k of the numbers that rank k takes. Pivoted ones take τ(s − τ) with s = out + in,
     ``pivoted``: θ = τ(s − τ) / k(s − k). Either way the bytes are linear in θ.
+    Linears tied to one rank share θ: k, the ``reach``, is then their largest full rank and s their mean.
     """
 
     def __init__(self, full_rank: int, bias: Tensor | None) -> None:
         super().__init__()
         self.fraction = nn.Parameter(torch.ones(()))
         self.full_rank, self.bias, self.beta, self.open = full_rank, bias, 1.0, False
-        self.pivoted: int | None = None
+        self.reach: float = full_rank
+        self.pivoted: float | None = None
 
     def share(self, rank: float) -> float:
         """θ of a truncation at ``rank``."""
         if self.pivoted is None:
-            return rank / self.full_rank
-        return rank * (self.pivoted - rank) / (self.full_rank * (self.pivoted - self.full_rank))
+            return rank / self.reach
+        return rank * (self.pivoted - rank) / (self.reach * (self.pivoted - self.reach))
 
     def position(self) -> Tensor:
         """τ, the truncation in directions that θ stands for: the inverse of ``share``, differentiable."""
         if self.pivoted is None:
-            return self.fraction * self.full_rank
+            return self.fraction * self.reach
         half = self.pivoted / 2
-        inside = half**2 - self.fraction * self.full_rank * (self.pivoted - self.full_rank)
+        inside = half**2 - self.fraction * self.reach * (self.pivoted - self.reach)
         return half - inside.clamp(min=1e-6).sqrt()  # a square matrix's slope is infinite at full rank
 
 
@@ -126,6 +128,7 @@ def train(
     initial: Mapping[str, float],
     windows: Tensor,
     *,
+    groups: Iterable[Sequence[str]] = (),
     steps: int,
     batch_size: int,
     learning_rate: float,
@@ -144,6 +147,7 @@ def train(
         costs: linear name -> bytes of its full rank in factored form.
         initial: linear name -> rank to start from.
         windows: (windows, seq) int64; each step takes ``batch_size`` of them in a seeded order.
+        groups: names of gates that share one rank.
 
     Raises:
         NumericalError: the loss is not finite, naming the step.
@@ -151,21 +155,20 @@ def train(
     trained = [name for name, module in modules.items() if not module.open]
     if not trained:
         return {}
-    for name in trained:
-        modules[name].fraction.data.fill_(modules[name].share(initial[name]))
-    parameters = [modules[name].fraction for name in trained]
-    cost = torch.tensor([float(costs[name]) for name in trained], dtype=torch.float64)
-    floor = torch.tensor([modules[name].share(1) for name in trained], dtype=torch.float64)
-    budget = sum(costs[name] * modules[name].share(initial[name]) for name in trained)
+    units = _tie(modules, costs, trained, groups)
+    leaders = [modules[names[0]] for names in units]
+    for leader, names in zip(leaders, units, strict=True):
+        leader.fraction.data.fill_(leader.share(max(initial[name] for name in names)))
+    parameters = [leader.fraction for leader in leaders]
+    cost = torch.tensor(list(units.values()), dtype=torch.float64)
+    floor = torch.tensor([leader.share(1) for leader in leaders], dtype=torch.float64)
+    budget = sum(price * parameter.item() for price, parameter in zip(units.values(), parameters, strict=True))
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = in_rounds(len(windows), steps * batch_size, seed)
     for step in range(steps):
         started = time.perf_counter()
-        for name in trained:
-            full = modules[name].full_rank
-            widest = max(width * full, 1 / beta)
-            modules[name].beta = 1 / (widest * (1 / beta / widest) ** (step / max(steps - 1, 1)))
+        mean_width = _anneal([modules[name] for name in trained], width, beta, step / max(steps - 1, 1))
         loss = next_token_loss(model, windows[order[step * batch_size : (step + 1) * batch_size]])
         if not torch.isfinite(loss):
             raise NumericalError(f"train_ranks step {step}: the loss is {loss.item()}; lower train_ranks.learning_rate")
@@ -176,9 +179,41 @@ def train(
         theta = torch.stack([parameter.detach().double().cpu() for parameter in parameters])
         for parameter, value in zip(parameters, onto_budget(theta, cost, budget, floor), strict=True):
             parameter.data.fill_(float(value))
-        mean_width = sum(1 / (modules[name].beta * modules[name].full_rank) for name in trained) / len(trained)
         on_step(Step(step, loss.item(), mean_width, time.perf_counter() - started))
     return {name: modules[name].position().item() for name in trained}
+
+
+def _tie(
+    modules: Mapping[str, Truncated],
+    costs: Mapping[str, float],
+    trained: Sequence[str],
+    groups: Iterable[Sequence[str]],
+) -> dict[tuple[str, ...], float]:
+    """Let the trained members of a group share one θ; those names -> their bytes at θ = 1, every other name alone."""
+    leader = {name: group[0] for group in groups for name in group}
+    units: dict[str, list[str]] = {}
+    for name in trained:
+        units.setdefault(leader.get(name, name), []).append(name)
+    priced = {}
+    for names in units.values():
+        members = [modules[name] for name in names]
+        reach: float = max(member.full_rank for member in members)
+        sums = [member.pivoted for member in members if member.pivoted is not None]
+        pivoted = sum(sums) / len(sums) if sums else None
+        if pivoted is not None:
+            reach = min(reach, pivoted / 2)  # beyond, τ(s − τ) falls again
+        priced[tuple(names)] = sum(costs[name] * modules[name].share(reach) for name in names)
+        for member in members:
+            member.reach, member.pivoted, member.fraction = reach, pivoted, members[0].fraction
+    return priced
+
+
+def _anneal(trained: Sequence[Truncated], width: float, beta: float, progress: float) -> float:
+    """Set every gate's width between ``width`` of its reach and 1/β components; their mean, in units of the reach."""
+    for module in trained:
+        widest = max(width * module.reach, 1 / beta)
+        module.beta = 1 / (widest * (1 / beta / widest) ** progress)
+    return sum(1 / (module.beta * module.reach) for module in trained) / len(trained)
 
 
 def onto_budget(theta: Tensor, cost: Tensor, budget: float, floor: Tensor) -> Tensor:

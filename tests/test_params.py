@@ -24,6 +24,7 @@ REFUSED: dict[str, list[Any]] = {
     "compression.ratio": [0, -0.1, 1.5, "0.8", None, float("nan")],
     "compression.format": ["int4", "float32", None],
     "compression.align": [0, 1.5, "8"],
+    "compression.tie": ["yes", 1, None],
     "compression.exclude": ["*.down_proj", [1]],
     "compression.seed": [-1, 0.5, True, 2**70],
     "runtime.engine": ["celery"],

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim import rank_training
@@ -24,6 +24,7 @@ def svd_gates(model: torch.nn.Module) -> dict[str, GatedLinear]:
     return modules
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(-1, 2), st.floats(1, 1000), st.floats(0.01, 0.2)), min_size=1, max_size=20),
     st.floats(0, 1),
@@ -102,6 +103,35 @@ def test_open_modules_are_not_trained() -> None:
     attach(model, modules)
     learned = train(model, modules, dict.fromkeys(modules, 1.0), dict.fromkeys(modules, 16), WINDOWS, **SETTINGS)
     assert first not in learned and len(learned) == len(modules) - 1
+
+
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_tied_gates_share_one_rank_and_keep_the_budget(pivoted: bool) -> None:
+    def learn(groups: list[list[str]]) -> tuple[dict[str, float], dict[str, float]]:
+        """Ranks learned from 16 each, and the numbers that a linear takes at its learned rank beyond those at 16."""
+        model = tiny.model("llama").eval().requires_grad_(False)
+        modules = svd_gates(model)
+        sums = {name: sum(module.get_buffer("weight").shape) for name, module in modules.items()}
+        modules[v].open = True  # dense from the start: its group goes on without it
+        for name, module in modules.items():
+            module.pivoted = sums[name] if pivoted else None
+        attach(model, modules)
+
+        def numbers(name: str, rank: float) -> float:
+            return rank * (sums[name] - (rank if pivoted else 0))
+
+        costs = {name: numbers(name, module.full_rank) for name, module in modules.items()}
+        learned = train(model, modules, costs, dict.fromkeys(modules, 16), WINDOWS, groups=groups, **SETTINGS)
+        return learned, {name: numbers(name, rank) - numbers(name, 16) for name, rank in learned.items()}
+
+    q, k, v = (f"model.layers.0.self_attn.{kind}_proj" for kind in "qkv")  # full ranks 64, 32, 32
+    tied, spent = learn([[q, k, v]])
+    assert v not in tied
+    assert tied[q] == tied[k] and tied[q] != pytest.approx(16, abs=1e-3)
+    assert sum(spent.values()) == pytest.approx(0, abs=0.05)
+    free, spent = learn([])
+    assert free[q] != pytest.approx(free[k], rel=1e-3), "untied, the two learn different ranks"
+    assert sum(spent.values()) == pytest.approx(0, abs=0.05)
 
 
 def test_same_seed_same_fractions() -> None:

@@ -172,6 +172,12 @@ def test_the_input_metric_is_named_where_it_is_used(project: Project, usual: rep
     assert "share of output error²" in other.markdown and "input metric" in other.html
 
 
+def test_tied_ranks_are_said(project: Project, usual: report.Report) -> None:
+    said = "one rank for linears that read the same input"
+    assert said not in usual.markdown
+    assert said in rendered(project(sections={"compression": {"tie": True}})).markdown
+
+
 def test_the_discarded_energy_is_the_tail_beyond_the_rank(project: Project) -> None:
     from pipeline.matrices import Matrix
 

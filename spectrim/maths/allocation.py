@@ -4,6 +4,10 @@ A matrix may take the ranks of ``choices``: the multiples of ``align`` whose fac
 then full rank min(out, in), which is the dense weight itself unless full-rank factors are cheaper still (int8 of a very
 flat matrix). So dense is the last choice, and a returned rank r is stored as resolve_format(format, out, in, r).
 Every list returned here satisfies Σ stored_bytes <= budget.
+
+``groups`` are lists of indices, every matrix in exactly one: the members of a group, such as q/k/v, share one rank r.
+A member that has no r directions, or whose factors at r would cost as much as its dense weight, is dense instead.
+Without groups every matrix stands alone.
 """
 
 import math
@@ -19,6 +23,8 @@ from spectrim.maths.knapsack import Choice, Ladder, cheapest, nearest, require_w
 from spectrim.maths.lowrank import discarded
 from spectrim.maths.whitening import require_finite
 
+Groups = Sequence[Sequence[int]]
+
 NO_RANK = 1e-9
 """Below every rank: what a learned truncation at or under zero counts as."""
 
@@ -30,34 +36,44 @@ class Optimum(NamedTuple):
     gap: float
 
 
-def choices(shape: Shape, format: Format, align: int) -> list[int]:
-    """align, 2·align, ... <= break_even_rank, then min(out, in): the ranks a matrix may take, ascending.
+def choices(shapes: Sequence[Shape], format: Format, align: int) -> list[tuple[int, ...]]:
+    """The ranks that matrices tied to one rank r may take, r = align, 2·align, ..., then all of them full, ascending.
+
+    A member is at r while r <= break_even_rank and r < min(out, in), at min(out, in) from there on.
 
     Raises:
         BudgetError: ``align`` is below 1, or the format has no factors.
     """
     if align < 1:
         raise BudgetError(f"align {align}: ranks are multiples of it; it must be at least 1")
-    full = min(shape)
-    return [*(rank for rank in range(align, break_even_rank(format, *shape) + 1, align) if rank < full), full]
+    ends = [min(break_even_rank(format, *shape), min(shape) - 1) for shape in shapes]
+    members = list(zip(shapes, ends, strict=True))
+    partial = [
+        tuple(rank if rank <= end else min(shape) for shape, end in members)
+        for rank in range(align, max(ends) + 1, align)
+    ]
+    return [*partial, tuple(min(shape) for shape in shapes)]
 
 
-def uniform(shapes: Sequence[Shape], ratio: float, format: Format, align: int = 1) -> list[int]:
+def uniform(
+    shapes: Sequence[Shape], ratio: float, format: Format, align: int = 1, groups: Groups | None = None
+) -> list[int]:
     """The largest choice with bytes <= ratio · dense bytes; for float16: rank = int(ratio·m·n/(m + n)).
 
-    Every matrix keeps its own ``ratio``; one too small for ``align`` directions gets its smallest choice.
+    Every matrix (every group) keeps its own ``ratio``; one too small for ``align`` directions gets its smallest choice.
 
     Raises:
         BudgetError: those smallest choices exceed floor(ratio · Σ dense bytes), or ``ratio`` is not in (0, 1].
     """
-    ladders = _ladders(shapes, format, align, lambda index, rank: 0.0)
+    parts = _parts(groups, len(shapes))
+    ladders = _ladders(parts, shapes, format, align, lambda index, rank: 0.0)
     levels = []
-    for shape, ladder in zip(shapes, ladders, strict=True):
-        allowed = bytes_at_ratio([shape], ratio)
+    for part, ladder in zip(parts, ladders, strict=True):
+        allowed = bytes_at_ratio([shapes[index] for index in part], ratio)
         levels.append(max((at for at, choice in enumerate(ladder) if choice.bytes <= allowed), default=0))
     needed = sum(ladder[at].bytes for ladder, at in zip(ladders, levels, strict=True))
     require_within(needed, bytes_at_ratio(shapes, ratio))
-    return _ranks(ladders, levels)
+    return _ranks(parts, ladders, levels)
 
 
 def fisher(
@@ -66,6 +82,7 @@ def fisher(
     budget_bytes: int,
     format: Format,
     align: int = 1,
+    groups: Groups | None = None,
 ) -> Optimum:
     """min Σ_l Σ_{i>r_l} e_{l,i}, e = σ², subject to Σ stored_bytes(r_l) <= budget_bytes and r_l one of its choices.
 
@@ -79,6 +96,7 @@ def fisher(
         budget_bytes: bytes for all matrices together.
         format: storage format of the factors.
         align: ranks are multiples of it.
+        groups: matrices that share a rank.
 
     Returns:
         One rank per matrix; min(out, in) where the matrix is dense. A matrix without energy keeps its smallest choice.
@@ -88,9 +106,10 @@ def fisher(
         NumericalError: energies are not finite, negative, not descending, or of the wrong length.
     """
     tails = _tails(energies, shapes)
-    ladders = _ladders(shapes, format, align, lambda index, rank: tails[index][rank])
+    parts = _parts(groups, len(shapes))
+    ladders = _ladders(parts, shapes, format, align, lambda index, rank: tails[index][rank])
     found = cheapest(ladders, budget_bytes)
-    return Optimum(_ranks(ladders, found.levels), found.gap)
+    return Optimum(_ranks(parts, ladders, found.levels), found.gap)
 
 
 def project(
@@ -99,6 +118,7 @@ def project(
     budget_bytes: int,
     format: Format,
     align: int = 1,
+    groups: Groups | None = None,
 ) -> list[int]:
     """Ranks near ``truncations`` with Σ stored_bytes <= budget_bytes, and no matrix left whose next choice would fit.
 
@@ -113,6 +133,7 @@ def project(
         budget_bytes: bytes for all matrices together.
         format: storage format of the factors.
         align: ranks are multiples of it.
+        groups: matrices that share a rank, the one nearest to all their truncations.
 
     Returns:
         One rank per matrix; min(out, in) where the matrix is dense.
@@ -127,34 +148,64 @@ def project(
             raise NumericalError(f"truncation {index} is {truncation}; rank training diverged, lower its learning rate")
         inside = min(max(truncation, NO_RANK), min(shape))
         targets.append(min(matrix_bytes(format, *shape, inside), stored_bytes(format, *shape, min(shape))))
-    return _near(targets, shapes, budget_bytes, format, align)
+    return _near(targets, shapes, budget_bytes, format, align, groups)
 
 
 def _near(
-    targets: Sequence[float], shapes: Sequence[Shape], budget_bytes: int, format: Format, align: int
+    targets: Sequence[float],
+    shapes: Sequence[Shape],
+    budget_bytes: int,
+    format: Format,
+    align: int,
+    groups: Groups | None,
 ) -> list[int]:
     """Ranks whose bytes are near ``targets``, as ``project`` says."""
+    parts = _parts(groups, len(shapes))
 
     def distance(index: int, rank: int) -> float:
         return (stored_bytes(format, *shapes[index], rank) - targets[index]) ** 2 / dense_bytes(*shapes[index])
 
-    ladders = _ladders(shapes, format, align, distance)
-    return _ranks(ladders, nearest(ladders, budget_bytes))
+    ladders = _ladders(parts, shapes, format, align, distance)
+    return _ranks(parts, ladders, nearest(ladders, budget_bytes))
 
 
-def _ladders(shapes: Sequence[Shape], format: Format, align: int, loss: Callable[[int, int], float]) -> list[Ladder]:
-    """One ladder per matrix; ``loss`` is a function of (index, rank)."""
-    return [
-        [
-            Choice((rank,), stored_bytes(format, *shape, rank), loss(index, rank))
-            for rank in choices(shape, format, align)
-        ]
-        for index, shape in enumerate(shapes)
-    ]
+def _parts(groups: Groups | None, count: int) -> Groups:
+    """``groups``, or every one of ``count`` matrices alone."""
+    if groups is None:
+        return [[index] for index in range(count)]
+    if sorted(index for group in groups for index in group) != list(range(count)) or not all(groups):
+        raise BudgetError(f"groups {groups} of {count} matrices; every matrix must stand in exactly one")
+    return groups
 
 
-def _ranks(ladders: Sequence[Ladder], levels: Sequence[int]) -> list[int]:
-    return [ladder[at].ranks[0] for ladder, at in zip(ladders, levels, strict=True)]
+def _ladders(
+    parts: Groups, shapes: Sequence[Shape], format: Format, align: int, loss: Callable[[int, int], float]
+) -> list[Ladder]:
+    """One ladder per group; ``loss`` of (index, rank) is summed over the members."""
+    ladders = []
+    for part in parts:
+        options = choices([shapes[index] for index in part], format, align)
+        ladders.append(
+            [
+                Choice(
+                    ranks,
+                    sum(stored_bytes(format, *shapes[index], rank) for index, rank in zip(part, ranks, strict=True)),
+                    sum(loss(index, rank) for index, rank in zip(part, ranks, strict=True)),
+                )
+                for ranks in options
+            ]
+        )
+    return ladders
+
+
+def _ranks(parts: Groups, ladders: Sequence[Ladder], levels: Sequence[int]) -> list[int]:
+    """The rank of every matrix, in the order of their indices."""
+    chosen = {
+        index: rank
+        for part, ladder, at in zip(parts, ladders, levels, strict=True)
+        for index, rank in zip(part, ladder[at].ranks, strict=True)
+    }
+    return [chosen[index] for index in range(len(chosen))]
 
 
 def _tails(energies: Sequence[Tensor], shapes: Sequence[Shape]) -> list[list[float]]:

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim.errors import BudgetError, NumericalError
-from spectrim.maths.allocation import choices, fisher, project, uniform
+from spectrim.maths import allocation
+from spectrim.maths.allocation import fisher, project, uniform
 from spectrim.maths.budget import break_even_rank, budget_bytes, matrix_bytes, resolve_format, stored_bytes
 from spectrim.maths.knapsack import GAP
 from spectrim.maths.lowrank import discarded
@@ -18,6 +19,11 @@ formats = st.sampled_from(FORMATS)
 aligns = st.sampled_from([1, 2, 8])
 shape_lists = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6)
 small_shape_lists = st.lists(st.tuples(st.integers(2, 9), st.integers(2, 9)), min_size=1, max_size=4)
+
+
+def choices(shape, format, align):
+    """The ranks of a matrix that stands alone."""
+    return [rank for (rank,) in allocation.choices([shape], format, align)]
 
 
 def total(format, shapes, ranks):

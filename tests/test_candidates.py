@@ -1,0 +1,50 @@
+"""What the rank search knows of a model: which linears share an input."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline.candidates import tied_linears
+from spectrim.blocks import BlockModel
+from spectrim.capture import input_statistics
+from spectrim.modules import linears_by_block
+from tests import tiny
+
+SHARED = {
+    "llama": [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}],
+    "opt": [{"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"}],
+    "qwen2": [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}],
+}
+
+
+def capture_inputs(folder: Path, model: BlockModel) -> None:
+    """The part of `capture` that says which linear reads which input."""
+    (folder / "inputs").mkdir()
+    hidden = model.embed(torch.arange(24).reshape(2, 12) + 3)
+    for index in range(len(model.names)):
+        tensors, owners, hidden = input_statistics(model, index, hidden, 2)
+        save_file(tensors, folder / "inputs" / f"{index:03}.safetensors", metadata={"input_of": json.dumps(owners)})
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_linears_that_read_one_tensor_are_tied(family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    capture_inputs(tmp_path, BlockModel(model_folders[family]))
+    blocks = linears_by_block(tiny.model(family))
+    groups = tied_linears(tmp_path, blocks)
+    every = sorted(name for group in groups for name in group)
+    assert every == sorted(name for block in blocks.values() for name in block)
+    for layer, _ in enumerate(blocks):
+        own = [{name.rsplit(".", 1)[1] for name in group} for group in groups if f".{layer}." in group[0]]
+        assert sorted(map(sorted, own)) == sorted(map(sorted, SHARED[family]))
+    assert all(len({name.split(".layers.")[1].split(".")[0] for name in group}) == 1 for group in groups)
+
+
+def test_an_excluded_linear_is_in_no_group(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    model = BlockModel(model_folders["llama"], exclude=("*.q_proj",))
+    capture_inputs(tmp_path, model)
+    groups = tied_linears(tmp_path, linears_by_block(tiny.model("llama"), ("*.q_proj",)))
+    kinds = [[name.rsplit(".", 1)[1] for name in group] for group in groups[:1]]
+    assert kinds == [["k_proj", "v_proj"]]
