@@ -64,6 +64,20 @@ class RankSearch:
         found = allocation.uniform(self.shapes, shared.ratio, shared.format, shared.align, self.groups)
         return dict(zip(self.linears, found, strict=True))
 
+    def svd_llm_v2(self) -> Ranks:
+        """Ratios inside each matrix type by the output error over all calibration tokens, as SVD-LLM V2 sets them."""
+        kinds: dict[str, list[int]] = {}
+        for index, (name, block) in enumerate((name, block) for block, part in self.blocks.items() for name in part):
+            kinds.setdefault(name.removeprefix(block), []).append(index)
+        with safe_open(self.captured / "spectra.safetensors", framework="pt") as spectra:
+            n_tokens = int(spectra.metadata()["n_tokens"])
+            energies = [spectra.get_tensor(f"input.{name}") ** 2 * n_tokens for name in self.linears]
+        shared = self.shared
+        found = allocation.svd_llm_v2(
+            energies, list(kinds.values()), self.shapes, shared.ratio, shared.format, shared.align, self.groups
+        )
+        return dict(zip(self.linears, found, strict=True))
+
     def fisher(self) -> Ranks:
         """The least predicted loss under the budget, dense being a choice; sets ``optimality_gap``."""
         spectra = load_file(self.captured / "spectra.safetensors")

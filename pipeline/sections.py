@@ -137,7 +137,7 @@ class Capture:
 class TrainRanks:
     """How ranks are chosen. Lengths in tokens; ``learning_rate`` and ``width`` in units of the full rank."""
 
-    method: Literal["gates", "dobi", "uniform", "fisher"]
+    method: Literal["gates", "dobi", "uniform", "svd_llm_v2", "fisher"]
     whitening: Literal["input", "two_sided"]
     steps: int
     seq_len: int

@@ -1,8 +1,8 @@
-"""A rank for every matrix under the byte budget: trained, from the knapsack or uniform, the best on validation windows.
+"""A rank for every matrix under the byte budget; trained ones only where they are the best on validation windows.
 
 reads   artifacts/prepare, artifacts/calibrate (calibration, validation), artifacts/capture
 writes  artifacts/train_ranks: ranks.json, curve.csv
-params  train_ranks, compression.{ratio,format,align,exclude,seed}
+params  train_ranks, compression
 """
 
 import csv
@@ -25,13 +25,13 @@ def main() -> None:
     search = RankSearch(
         artifact("prepare"), artifact("capture"), params.compression, settings, resolve(params.runtime.device)
     )
-    candidates = {"uniform": search.uniform()}
+    proposals = {"uniform": search.uniform, "svd_llm_v2": search.svd_llm_v2, "fisher": search.fisher}
+    trained = settings.method in ("gates", "dobi")
+    candidates = {name: proposals[name]() for name in (("uniform", "fisher") if trained else (settings.method,))}
     curve: list[Step] = []
     losses: dict[str, float] = {}
     chosen: str = settings.method
-    if settings.method != "uniform":
-        candidates["fisher"] = search.fisher()
-    if settings.method in ("gates", "dobi"):
+    if trained:
         windows = load_windows(artifact("calibrate") / "calibration.parquet")[:, : settings.seq_len]
         candidates[settings.method] = search.train(windows, candidates, curve)
         losses = search.validate(candidates, load_windows(artifact("calibrate") / "validation.parquet"))

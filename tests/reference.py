@@ -111,6 +111,20 @@ def cheapest(ladders: Sequence[Sequence[tuple[int, int, float]]], budget_bytes: 
     return best
 
 
+def svd_llm_v2_kept(losses: Sequence[float], sizes: Sequence[int], ratio: float, floor: float) -> list[float]:
+    """1 − c / log L, L at least e, c raised again over the unclipped matrices until no more of them hits the floor."""
+    inverse = [1 / max(math.log(loss), 1) if loss > 0 else 1 for loss in losses]
+    most, clipped = 1 - floor * ratio, set()
+    while True:
+        wanted = (1 - ratio) * sum(sizes) - sum(most * sizes[index] for index in clipped)
+        free = [index for index in range(len(losses)) if index not in clipped]
+        constant = wanted / sum(sizes[index] * inverse[index] for index in free)
+        over = {index for index in free if constant * inverse[index] > most}
+        if not over:
+            return [1 - (most if index in clipped else constant * inverse[index]) for index in range(len(losses))]
+        clipped |= over
+
+
 def matrix_bytes(format: str, out: int, in_: int, rank: int) -> int:
     """Bytes of the tensors that a format stores, counted one tensor at a time."""
     long, short = max(out, in_), min(out, in_)

@@ -116,7 +116,10 @@ def check_result(project: Project) -> str:
     ("family", "choices"),
     [
         ("opt", {"compression__format": "remap", "update_weights__method": "ipca", "train_ranks__method": "dobi"}),
-        ("qwen2", {"remap__format": "int8", "update_weights__method": "closed_form", "train_ranks__method": "uniform"}),
+        (
+            "qwen2",
+            {"remap__format": "int8", "update_weights__method": "closed_form", "train_ranks__method": "svd_llm_v2"},
+        ),
     ],
 )
 def test_every_family_goes_through_all_stages(

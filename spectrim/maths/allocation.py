@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from scipy.optimize import brentq
 from torch import Tensor
 
 from spectrim.errors import BudgetError, NumericalError
@@ -24,6 +25,9 @@ from spectrim.maths.lowrank import discarded
 from spectrim.maths.whitening import require_finite
 
 Groups = Sequence[Sequence[int]]
+
+FLOOR = 0.5
+"""svd_llm_v2 leaves every matrix at least this part of the ratio asked for."""
 
 NO_RANK = 1e-9
 """Below every rank: what a learned truncation at or under zero counts as."""
@@ -110,6 +114,61 @@ def fisher(
     ladders = _ladders(parts, shapes, format, align, lambda index, rank: tails[index][rank])
     found = cheapest(ladders, budget_bytes)
     return Optimum(_ranks(parts, ladders, found.levels), found.gap)
+
+
+def svd_llm_v2(
+    energies: Sequence[Tensor],
+    kinds: Groups,
+    shapes: Sequence[Shape],
+    ratio: float,
+    format: Format,
+    align: int = 1,
+    groups: Groups | None = None,
+) -> list[int]:
+    """1 − kept_l = c / log L_l inside each kind, c such that Σ dense_l·kept_l = ratio · Σ dense_l.
+
+    L_l = √Σ_{i>r_l} e_{l,i} at the rank r_l of ``uniform`` is what cutting every matrix alike loses in its outputs: the
+    more a matrix loses, the more of it is kept. The published rule is undefined at L = 1 and negative below; here
+
+    * guard: log L_l is at least 1, so every loss below e counts as e and none is cut more than those;
+    * clip and floor: kept_l lies in [FLOOR·ratio, 1];
+    * renormalisation: c is found with the clipping in place, so that each kind keeps ``ratio`` of its bytes.
+
+    The byte targets kept_l·dense_l then go onto the exact budget as in ``project``.
+
+    Args:
+        energies: one (min(out, in),) σ² per matrix, descending, of ``closed_form`` with the Gram summed over the
+            calibration tokens: √Σ σ² = ‖X (W − W')ᵀ‖_F. The unit matters, since log L is not homogeneous.
+        kinds: lists of indices, every matrix in exactly one: all q_proj, all k_proj, ...
+        shapes, format, align, groups: see ``fisher``.
+        ratio: bytes kept / dense bytes, in (0, 1].
+
+    Raises:
+        BudgetError, NumericalError: see ``fisher``.
+
+    Source: SVD-LLM V2, Wang et al. 2025, arXiv:2503.12340.
+    """
+    tails = _tails(energies, shapes)
+    cut = uniform(shapes, ratio, format, align)
+    targets = [0.0] * len(shapes)
+    for kind in _parts(kinds, len(shapes)):
+        weights = [1 / math.log(max(math.sqrt(tails[index][cut[index]]), math.e)) for index in kind]
+        dense = [dense_bytes(*shapes[index]) for index in kind]
+        for index, size, removed in zip(kind, dense, removed_shares(weights, dense, ratio), strict=True):
+            targets[index] = (1 - removed) * size
+    return _near(targets, shapes, bytes_at_ratio(shapes, ratio), format, align, groups)
+
+
+def removed_shares(weights: Sequence[float], sizes: Sequence[int], ratio: float) -> list[float]:
+    """min(c·w_l, 1 − FLOOR·ratio) with c >= 0 such that Σ size_l·share_l = (1 − ratio)·Σ size_l."""
+    most, wanted = 1 - FLOOR * ratio, (1 - ratio) * sum(sizes)
+
+    def surplus(scale: float) -> float:
+        shares = (min(scale * weight, most) for weight in weights)
+        return sum(size * share for size, share in zip(sizes, shares, strict=True)) - wanted
+
+    scale = brentq(surplus, 0.0, most / min(weights)) if ratio < 1 else 0.0
+    return [min(scale * weight, most) for weight in weights]
 
 
 def project(
