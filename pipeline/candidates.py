@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.console import bar, progress
+from pipeline.console import bar, progress, say
 from pipeline.measure import load_model
+from pipeline.rank_files import compared, read_rank_file
 from pipeline.sections import Compression, TrainRanks
 from spectrim.capture import gram_of
 from spectrim.maths import allocation, budget
@@ -54,6 +55,7 @@ class RankSearch:
         self.shapes = [(module.out_features, module.in_features) for module in self.linears.values()]
         self.budget_bytes = budget.budget_bytes(self.shapes, shared.ratio)
         self.optimality_gap: float | None = None
+        self.file: dict[str, Any] | None = None
         names = list(self.linears)
         self.tied = tied_linears(captured, self.blocks) if shared.tie else [[name] for name in names]
         self.groups = [[names.index(name) for name in group] for group in self.tied]
@@ -86,6 +88,17 @@ class RankSearch:
         found = allocation.fisher(energies, self.shapes, self.budget_bytes, shared.format, shared.align, self.groups)
         self.optimality_gap = found.gap
         return dict(zip(self.linears, found.ranks, strict=True))
+
+    def from_file(self) -> Ranks:
+        """The ranks of ``train_ranks.file`` put onto the budget; sets ``file``, what that changed."""
+        shared, settings = self.shared, self.settings
+        shapes = {name: self._shape(name) for name in self.linears}
+        read = read_rank_file(str(settings.file), settings.file_sha256, shapes)
+        if settings.file_sha256 is None:
+            say(f"{read.path}: sha256 {read.sha256}; as train_ranks.file_sha256 it makes DVC see when the file changes")
+        ranks = self._project(list(read.ranks.values()))
+        self.file = compared(read, ranks, shapes, shared.format)
+        return ranks
 
     def train(self, windows: Tensor, candidates: Mapping[str, Ranks], curve: list[Step]) -> Ranks:
         """Ranks trained from the knapsack's (gates) or from uniform ranks (dobi), projected onto the budget.
@@ -125,10 +138,7 @@ class RankSearch:
                 seed=self.shared.seed,
                 on_step=on_step,
             )
-        wanted = [trained.get(name, min(self._shape(name))) for name in self.linears]
-        shared = self.shared
-        found = allocation.project(wanted, self.shapes, self.budget_bytes, shared.format, shared.align, self.groups)
-        return dict(zip(self.linears, found, strict=True))
+        return self._project([trained.get(name, min(self._shape(name))) for name in self.linears])
 
     def validate(self, candidates: Mapping[str, Ranks], windows: Tensor) -> dict[str, float]:
         """Cross-entropy in nats per token of every candidate on the validation windows."""
@@ -162,8 +172,16 @@ class RankSearch:
             "budget_bytes": self.budget_bytes,
             "bytes": total,
             "optimality_gap": self.optimality_gap,
+            "file": self.file,
             "matrices": matrices,
         }
+
+    def _project(self, truncations: list[float]) -> Ranks:
+        shared = self.shared
+        found = allocation.project(
+            truncations, self.shapes, self.budget_bytes, shared.format, shared.align, self.groups
+        )
+        return dict(zip(self.linears, found, strict=True))
 
     def _gated(self) -> dict[str, GatedLinear]:
         """Every linear with its full-rank whitened factors in the model's dtype."""

@@ -151,6 +151,7 @@ def _text(
         "chosen": ranks["chosen"],
         "candidates": tables.candidates_table(ranks),
         "kept_note": tables.kept_note(ranks),
+        "file_note": tables.file_note(ranks),
         "n_drawn_layers": min(figures.MAX_DRAWN_LAYERS, len({matrix.layer for matrix in found})),
         "running": tables.running_table(metrics),
         "tasks": tables.tasks_table(metrics),

@@ -135,9 +135,14 @@ class Capture:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class TrainRanks:
-    """How ranks are chosen. Lengths in tokens; ``learning_rate`` and ``width`` in units of the full rank."""
+    """How ranks are chosen. Lengths in tokens; ``learning_rate`` and ``width`` in units of the full rank.
 
-    method: Literal["gates", "dobi", "uniform", "svd_llm_v2", "fisher"]
+    ``file``: read by the method of that name, see pipeline/rank_files.py; ``file_sha256`` of it, or null.
+    """
+
+    method: Literal["gates", "dobi", "uniform", "svd_llm_v2", "fisher", "file"]
+    file: Source | None
+    file_sha256: str | None
     whitening: Literal["input", "two_sided"]
     steps: int
     seq_len: int
@@ -154,6 +159,9 @@ class TrainRanks:
         yield from _positive(
             learning_rate=self.learning_rate, width=self.width, beta=self.beta, taylor_threshold=self.taylor_threshold
         )
+        yield from _sha_problem(self.file_sha256, "file_sha256")
+        if self.method == "file" and self.file is None:
+            yield "file: null; method file needs the path of a ranks.json or of a rank file of Dobi-SVD"
         if self.taylor_threshold >= 1:
             yield f"taylor_threshold: a relative gap, must lie in (0, 1), found {self.taylor_threshold}"
 
@@ -269,6 +277,6 @@ def _positive(**values: float) -> Iterator[str]:
             yield f"{key}: must be positive and finite, found {value}"
 
 
-def _sha_problem(sha256: str | None) -> Iterator[str]:
+def _sha_problem(sha256: str | None, key: str = "sha256") -> Iterator[str]:
     if sha256 is not None and (len(sha256) != 64 or set(sha256) - set("0123456789abcdef")):
-        yield f"sha256: must be 64 lower-case hexadecimal digits or null, found {sha256!r}"
+        yield f"{key}: must be 64 lower-case hexadecimal digits or null, found {sha256!r}"

@@ -208,6 +208,20 @@ def refined_note(curve: "Mapping[str, np.ndarray]") -> str:
     )
 
 
+def file_note(ranks: Mapping[str, Any]) -> str | None:
+    """How far the ranks of a file were from the budget; None when they come from elsewhere."""
+    file = ranks["file"]
+    if file is None:
+        return None
+    moved = file["largest_change"]
+    return (
+        f"The ranks come from {file['path']} ({file['layout']}, sha256 {file['sha256'][:16]}…): stored as "
+        f"{ranks['format']} they would take {megabytes(file['bytes'])}, {file['ratio']:.4f} of the 16-bit bytes; put "
+        f"onto the budget they take {megabytes(ranks['bytes'])}, asked for {ranks['ratio']:g}. "
+        f"Largest change: {moved['name']} from rank {moved['from']} to {moved['to']}."
+    )
+
+
 def gap_note(ranks: Mapping[str, Any]) -> str | None:
     """How far the knapsack's ranks can be from the least predicted loss; None when no knapsack was solved."""
     gap = ranks["optimality_gap"]

@@ -1,6 +1,6 @@
 """A rank for every matrix under the byte budget; trained ones only where they are the best on validation windows.
 
-reads   artifacts/prepare, artifacts/calibrate (calibration, validation), artifacts/capture
+reads   artifacts/prepare, artifacts/calibrate (calibration, validation), artifacts/capture; train_ranks.file
 writes  artifacts/train_ranks: ranks.json, curve.csv
 params  train_ranks, compression
 """
@@ -25,7 +25,12 @@ def main() -> None:
     search = RankSearch(
         artifact("prepare"), artifact("capture"), params.compression, settings, resolve(params.runtime.device)
     )
-    proposals = {"uniform": search.uniform, "svd_llm_v2": search.svd_llm_v2, "fisher": search.fisher}
+    proposals = {
+        "uniform": search.uniform,
+        "svd_llm_v2": search.svd_llm_v2,
+        "fisher": search.fisher,
+        "file": search.from_file,
+    }
     trained = settings.method in ("gates", "dobi")
     candidates = {name: proposals[name]() for name in (("uniform", "fisher") if trained else (settings.method,))}
     curve: list[Step] = []

@@ -43,6 +43,8 @@ REFUSED: dict[str, list[Any]] = {
     "capture.damping": [0, -1e-6, 0.5, "1e-6"],
     "capture.max_damping": [1e-9, 2.0],
     "train_ranks.method": ["svd", ""],
+    "train_ranks.file": ["", 3],
+    "train_ranks.file_sha256": ["abc", "G" * 64, 7],
     "train_ranks.whitening": ["output"],
     "train_ranks.steps": [0],
     "train_ranks.seq_len": [1, 10**6],
@@ -167,6 +169,12 @@ def test_values_that_contradict_each_other_are_reported_together(content: dict[s
         "update_weights.ipca_windows",
         "update_weights.refinement.seq_len",
     }
+
+
+def test_the_method_file_needs_a_file(content: dict[str, Any], problems: Problems) -> None:
+    content["train_ranks"]["method"] = "file"
+    (line,) = problems(content)
+    assert line.startswith("train_ranks.file: null; method file needs the path")
 
 
 @pytest.mark.parametrize("splits", [{}, {"train": 0.5}, {"test": 0}, {"test": 1.5}, {"calibration": 0.7, "test": 0.7}])

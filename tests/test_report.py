@@ -172,6 +172,18 @@ def test_the_input_metric_is_named_where_it_is_used(project: Project, usual: rep
     assert "share of output error²" in other.markdown and "input metric" in other.html
 
 
+def test_ranks_from_a_file_are_compared_with_it(project: Project, usual: report.Report) -> None:
+    assert "The ranks come from" not in usual.html
+    root = project()
+    ranks_file = root / "artifacts/train_ranks/ranks.json"
+    change = {"name": "model.layers.0.mlp.up_proj", "from": 300, "to": 248}
+    file = {"path": "best.json", "sha256": "ab" * 32, "layout": "Dobi-SVD", "bytes": 9 * 10**7, "ratio": 0.5221}
+    ranks_file.write_text(json.dumps(read_json(ranks_file) | {"file": file | {"largest_change": change}}))
+    found = rendered(root)
+    for text in (found.markdown, Page(found.html).text):
+        assert "best.json (Dobi-SVD, sha256 abababababababab…): stored as float16 they would take 90.0 MB" in text
+
+
 def test_tied_ranks_are_said(project: Project, usual: report.Report) -> None:
     said = "one rank for linears that read the same input"
     assert said not in usual.markdown

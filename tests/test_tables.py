@@ -154,6 +154,16 @@ def test_another_kept_candidate_is_named_with_both_losses(ranks: dict[str, Any])
     assert "fisher 3.7204, gates 3.7711" in note
 
 
+def test_ranks_from_a_file_are_compared_with_it(ranks: dict[str, Any]) -> None:
+    assert tables.file_note(ranks) is None
+    change = {"name": "model.layers.0.mlp.up_proj", "from": 300, "to": 248}
+    file = {"path": "best.json", "sha256": "ab" * 32, "layout": "Dobi-SVD", "bytes": 9 * 10**7, "ratio": 0.5221}
+    note = tables.file_note(ranks | {"file": file | {"largest_change": change}})
+    assert note is not None
+    for said in ("best.json (Dobi-SVD, sha256 abababab", "90.0 MB, 0.5221 of", "asked for 0.8", "rank 300 to 248"):
+        assert said in note
+
+
 def test_the_proven_gap_of_the_knapsack_is_said_where_one_was_solved(ranks: dict[str, Any]) -> None:
     assert tables.gap_note(ranks) == "predicted loss of fisher's ranks proven within 4.8e-05 % of the optimum"
     assert tables.gap_note(ranks | {"optimality_gap": None}) is None
