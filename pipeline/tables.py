@@ -183,14 +183,14 @@ def caveat(source: str) -> str | None:
 
 
 def kept_note(ranks: Mapping[str, Any]) -> str | None:
-    """The sentence that says another candidate than the trained one was kept; None when it was the asked one."""
+    """The sentence that says training did not earn its keep and which ranks were kept instead; None otherwise."""
     if ranks["chosen"] == ranks["method"]:
         return None
     losses = ranks["validation_loss"]
     numbers = [f"{name} {losses[name]:.4f}" for name in (ranks["chosen"], ranks["method"]) if name in losses]
     return (
-        f"Asked for ranks by “{ranks['method']}”, kept those of “{ranks['chosen']}”: "
-        f"they have the lowest loss on the validation windows ({', '.join(numbers)})."
+        f"Training did not earn its keep: asked for ranks by “{ranks['method']}”, kept those of “{ranks['chosen']}”, "
+        f"which have the lowest loss on the validation windows ({', '.join(numbers)})."
     )
 
 

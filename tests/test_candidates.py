@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from spectrim.blocks import BlockModel
 from spectrim.capture import input_statistics
 from spectrim.modules import linears_by_block
 from tests import tiny
+from tests.tiny import Project
 
 SHARED = {
     "llama": [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}],
@@ -48,3 +50,52 @@ def test_an_excluded_linear_is_in_no_group(model_folders: dict[str, Path], tmp_p
     groups = tied_linears(tmp_path, linears_by_block(tiny.model("llama"), ("*.q_proj",)))
     kinds = [[name.rsplit(".", 1)[1] for name in group] for group in groups[:1]]
     assert kinds == [["k_proj", "v_proj"]]
+
+
+def stage_ranks(project: Project, **changes: Any) -> dict[str, Any]:
+    """ranks.json of `train_ranks` with some parameters changed."""
+    project.change(**changes)
+    project.stage("train_ranks")
+    return json.loads((project.folder / "artifacts" / "train_ranks" / "ranks.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("method", ["uniform", "svd_llm_v2", "fisher", "gates", "dobi"])
+def test_tied_ranks_come_out_of_every_method(method: str, captured_llama: Project, tmp_path: Path) -> None:
+    ranks = stage_ranks(
+        captured_llama.copy(tmp_path / "llama"),
+        compression__tie=True, compression__ratio=0.5, compression__align=2, train_ranks__method=method,
+    )  # fmt: skip
+    assert ranks["tie"] is True and ranks["bytes"] <= ranks["budget_bytes"]
+    factored = 0
+    for layer in range(3):
+        for group in SHARED["llama"]:
+            entries = [
+                entry
+                for name, entry in ranks["matrices"].items()
+                if f".{layer}." in name and name.rsplit(".", 1)[1] in group
+            ]
+            tied = {entry["rank"] for entry in entries if entry["format"] != "dense"}
+            assert len(entries) == len(group) and len(tied) <= 1
+            factored += len(group) > 1 and len(tied)
+    assert factored, "nothing was tied"
+
+
+@pytest.mark.parametrize(
+    ("method", "compared"),
+    [
+        ("uniform", set()),
+        ("svd_llm_v2", set()),
+        ("fisher", set()),
+        ("gates", {"uniform", "fisher", "gates"}),
+        ("dobi", {"uniform", "fisher", "dobi"}),
+    ],
+)
+def test_trained_ranks_are_kept_only_where_they_are_best(
+    method: str, compared: set[str], captured_llama: Project, tmp_path: Path
+) -> None:
+    ranks = stage_ranks(captured_llama.copy(tmp_path / "llama"), train_ranks__method=method)
+    losses = ranks["validation_loss"]
+    assert set(losses) == compared
+    assert ranks["chosen"] == (min(losses, key=losses.__getitem__) if compared else method)
+    solved = "fisher" in compared or method == "fisher"
+    assert (0 <= ranks["optimality_gap"] <= 1e-4) if solved else ranks["optimality_gap"] is None

@@ -146,7 +146,7 @@ def test_a_kept_candidate_other_than_the_trained_one_is_said(project: Project, u
     assert "kept those of" not in usual.html
     other = rendered(project(chosen="fisher"))
     for text in (other.html, other.markdown):
-        assert "Asked for ranks by “gates”, kept those of “fisher”" in text
+        assert "Training did not earn its keep: asked for ranks by “gates”, kept those of “fisher”" in text
 
 
 def test_the_refinement_says_what_was_kept(usual: report.Report) -> None:
