@@ -130,6 +130,7 @@ class RankSearch:
                 start,
                 windows,
                 groups=self.tied if settings.method == "gates" else (),
+                objective=settings.objective,
                 steps=settings.steps,
                 batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,

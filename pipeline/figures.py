@@ -46,6 +46,7 @@ STYLE: dict[Any, Any] = {
 }
 TRAINED = {
     "cross_entropy": ("Cross-entropy on training windows", "nats per token"),
+    "divergence": ("KL divergence from the dense model", "nats per token"),
     "ratio": ("Soft ratio of the gates", "bytes kept / 16-bit bytes"),
     "width": ("Width of the gates", "in units of the full rank"),
 }
@@ -165,7 +166,7 @@ def training_figure(curve: "Mapping[str, np.ndarray]", ratio: float) -> "Figure"
     figure = _figure(5.5 * len(series), 2.7)
     panels = figure.subplots(1, len(series), squeeze=False, gridspec_kw={"wspace": 0.06})[0]
     for axes, name in zip(panels, series, strict=True):
-        noisy = name == "cross_entropy"
+        noisy = name in ("cross_entropy", "divergence")
         axes.plot(curve["step"], curve[name], color=ACCENT, alpha=0.35 if noisy else 1, linewidth=1 if noisy else 2)
         if noisy:
             axes.plot(curve["step"], smooth(curve[name]), color=ACCENT, linewidth=2)

@@ -138,11 +138,13 @@ class TrainRanks:
     """How ranks are chosen. Lengths in tokens; ``learning_rate`` and ``width`` in units of the full rank.
 
     ``file``: read by the method of that name, see pipeline/rank_files.py; ``file_sha256`` of it, or null.
+    ``objective``: what gates and dobi minimise, the text's cross-entropy or the divergence from the dense model.
     """
 
     method: Literal["gates", "dobi", "uniform", "svd_llm_v2", "fisher", "file"]
     file: Source | None
     file_sha256: str | None
+    objective: Literal["cross_entropy", "kl"]
     whitening: Literal["input", "two_sided"]
     steps: int
     seq_len: int

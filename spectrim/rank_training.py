@@ -1,7 +1,8 @@
 """Truncation positions learned by gradient under a byte budget, for `gates` and for `dobi`.
 
-Both attach one learned fraction θ in (0, 1] to every linear and minimise the cross-entropy of the truncated model;
-after each step the fractions are put back on the plane Σ cost·θ = budget, so that training never buys loss with bytes.
+Both attach one learned fraction θ in (0, 1] to every linear and minimise the cross-entropy of the truncated model, or
+its divergence from the dense one; after each step the fractions are put back on the plane Σ cost·θ = budget, so that
+training never buys loss with bytes.
 
 * gates (ARA, arXiv 2510.19389): W(τ) = left diag(T(τ)) right with FIXED whitened factors; no SVD in the loop.
 * dobi (Dobi-SVD, arXiv 2502.02723): the activation of each window, y = U diag(σ∘T(τ)) Vᵀ, through a stable SVD.
@@ -9,18 +10,22 @@ after each step the fractions are put back on the plane Σ cost·θ = budget, so
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import kl_div, linear, log_softmax, nll_loss
 
 from spectrim.errors import NumericalError
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.sampling import in_rounds
 from spectrim.maths.truncation import smooth_gate, truncated_activation
 from spectrim.modules import replace
+
+Objective = Literal["cross_entropy", "kl"]
 
 CLOSED = 5.0  # gate widths 1/β beyond τ after which a direction counts as cut
 
@@ -107,10 +112,14 @@ class TruncatedActivation(Truncated):
 
 @dataclass(frozen=True)
 class Step:
-    """One line of the training curve: mean nats per token, mean gate width in units of the full rank."""
+    """One line of the training curve: mean nats per token, mean gate width in units of the full rank.
+
+    ``divergence`` from the dense model's predictions, where that was minimised.
+    """
 
     step: int
     cross_entropy: float
+    divergence: float | None
     width: float
     seconds: float
 
@@ -129,6 +138,7 @@ def train(
     windows: Tensor,
     *,
     groups: Iterable[Sequence[str]] = (),
+    objective: Objective = "cross_entropy",
     steps: int,
     batch_size: int,
     learning_rate: float,
@@ -137,7 +147,7 @@ def train(
     seed: int,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> dict[str, float]:
-    """Truncations τ that minimise the cross-entropy on ``windows`` at the cost of ``initial``, in directions.
+    """Truncations τ that minimise the ``objective`` on ``windows`` at the cost of ``initial``, in directions.
 
     Adam on θ with a cosine learning rate; the gate's width goes geometrically from ``width`` of the full rank to 1/β
     components. After every step θ is projected onto Σ cost·θ = Σ cost·θ(initial), τ inside [1, k].
@@ -148,6 +158,7 @@ def train(
         initial: linear name -> rank to start from.
         windows: (windows, seq) int64; each step takes ``batch_size`` of them in a seeded order.
         groups: names of gates that share one rank.
+        objective: cross-entropy of the text, or the divergence from the dense model (``training_loss``).
 
     Raises:
         NumericalError: the loss is not finite, naming the step.
@@ -155,46 +166,54 @@ def train(
     trained = [name for name, module in modules.items() if not module.open]
     if not trained:
         return {}
-    units = _tie(modules, costs, trained, groups)
-    leaders = [modules[names[0]] for names in units]
-    for leader, names in zip(leaders, units, strict=True):
-        leader.fraction.data.fill_(leader.share(max(initial[name] for name in names)))
-    parameters = [leader.fraction for leader in leaders]
-    cost = torch.tensor(list(units.values()), dtype=torch.float64)
-    floor = torch.tensor([leader.share(1) for leader in leaders], dtype=torch.float64)
-    budget = sum(price * parameter.item() for price, parameter in zip(units.values(), parameters, strict=True))
+    units = _tie(modules, costs, initial, trained, groups)
+    parameters = [leader.fraction for leader, _ in units]
+    cost = torch.tensor([price for _, price in units], dtype=torch.float64)
+    floor = torch.tensor([leader.share(1) for leader, _ in units], dtype=torch.float64)
+    budget = float(cost @ _values(parameters))
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = in_rounds(len(windows), steps * batch_size, seed)
     for step in range(steps):
         started = time.perf_counter()
         mean_width = _anneal([modules[name] for name in trained], width, beta, step / max(steps - 1, 1))
-        loss = next_token_loss(model, windows[order[step * batch_size : (step + 1) * batch_size]])
-        if not torch.isfinite(loss):
-            raise NumericalError(f"train_ranks step {step}: the loss is {loss.item()}; lower train_ranks.learning_rate")
+        batch = windows[order[step * batch_size : (step + 1) * batch_size]]
+        loss, entropy = training_loss(model, modules, batch, objective)
+        _require_finite(step, loss)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        theta = torch.stack([parameter.detach().double().cpu() for parameter in parameters])
-        for parameter, value in zip(parameters, onto_budget(theta, cost, budget, floor), strict=True):
-            parameter.data.fill_(float(value))
-        on_step(Step(step, loss.item(), mean_width, time.perf_counter() - started))
+        projected = onto_budget(_values(parameters), cost, budget, floor)
+        for parameter, value in zip(parameters, projected.tolist(), strict=True):
+            parameter.data.fill_(value)
+        divergence = loss.item() if objective == "kl" else None
+        on_step(Step(step, entropy, divergence, mean_width, time.perf_counter() - started))
     return {name: modules[name].position().item() for name in trained}
+
+
+def _require_finite(step: int, loss: Tensor) -> None:
+    if not torch.isfinite(loss):
+        raise NumericalError(f"train_ranks step {step}: the loss is {loss.item()}; lower train_ranks.learning_rate")
+
+
+def _values(parameters: Sequence[nn.Parameter]) -> Tensor:
+    return torch.stack([parameter.detach().double().cpu() for parameter in parameters])
 
 
 def _tie(
     modules: Mapping[str, Truncated],
     costs: Mapping[str, float],
+    initial: Mapping[str, float],
     trained: Sequence[str],
     groups: Iterable[Sequence[str]],
-) -> dict[tuple[str, ...], float]:
-    """Let the trained members of a group share one θ; those names -> their bytes at θ = 1, every other name alone."""
+) -> list[tuple[Truncated, float]]:
+    """Let the trained members of a group share one θ, set to ``initial``; one of them, and their bytes at θ = 1."""
     leader = {name: group[0] for group in groups for name in group}
     units: dict[str, list[str]] = {}
     for name in trained:
         units.setdefault(leader.get(name, name), []).append(name)
-    priced = {}
+    priced = []
     for names in units.values():
         members = [modules[name] for name in names]
         reach: float = max(member.full_rank for member in members)
@@ -202,9 +221,10 @@ def _tie(
         pivoted = sum(sums) / len(sums) if sums else None
         if pivoted is not None:
             reach = min(reach, pivoted / 2)  # beyond, τ(s − τ) falls again
-        priced[tuple(names)] = sum(costs[name] * modules[name].share(reach) for name in names)
+        priced.append((members[0], sum(costs[name] * modules[name].share(reach) for name in names)))
         for member in members:
             member.reach, member.pivoted, member.fraction = reach, pivoted, members[0].fraction
+        members[0].fraction.data.fill_(members[0].share(max(initial[name] for name in names)))
     return priced
 
 
@@ -236,11 +256,40 @@ def onto_budget(theta: Tensor, cost: Tensor, budget: float, floor: Tensor) -> Te
     return torch.clamp(theta - high * cost, floor, torch.ones_like(floor))
 
 
+def training_loss(
+    model: nn.Module, modules: Mapping[str, Truncated], windows: Tensor, objective: Objective
+) -> tuple[Tensor, float]:
+    """(−mean log q(next token), or mean Σ_v p_v (log p_v − log q_v); the first as a number), nats per token.
+
+    q are the predictions of the truncated model, p those of the same model with every module ``open``: the dense one.
+    The means are over all positions of the windows (batch, seq) but the last.
+    """
+    with opened(modules), torch.no_grad():
+        teacher = _predictions(model, windows) if objective == "kl" else None
+    predicted = _predictions(model, windows)
+    entropy = nll_loss(predicted, windows[:, 1:].flatten().to(predicted.device))
+    if teacher is None:
+        return entropy, entropy.item()
+    return kl_div(predicted, teacher, reduction="batchmean", log_target=True), entropy.item()
+
+
+@contextmanager
+def opened(modules: Mapping[str, Truncated]) -> Iterator[None]:
+    """The dense model for the length of the ``with``."""
+    before = {name: module.open for name, module in modules.items()}
+    for module in modules.values():
+        module.open = True
+    try:
+        yield
+    finally:
+        for name, module in modules.items():
+            module.open = before[name]
+
+
 def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Mean next-token cross-entropy in nats over windows (batch, seq) int64, float32."""
-    device = next(model.parameters()).device
-    logits = model(input_ids=windows.to(device), use_cache=False).logits[:, :-1].float()
-    return cross_entropy(logits.flatten(0, 1), windows[:, 1:].to(device).flatten())
+    predicted = _predictions(model, windows)
+    return nll_loss(predicted, windows[:, 1:].flatten().to(predicted.device))
 
 
 @torch.no_grad()
@@ -260,3 +309,10 @@ def validation_loss(
         bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
         raise NumericalError(f"validation window {bad}: the loss is {losses[bad]}; the candidate ranks are unusable")
     return mean
+
+
+def _predictions(model: nn.Module, windows: Tensor) -> Tensor:
+    """log q(token | what stands before it) at every position but the last, (batch·(seq − 1), vocabulary) float32."""
+    device = next(model.parameters()).device
+    logits = model(input_ids=windows.to(device), use_cache=False).logits[:, :-1]
+    return log_softmax(logits.flatten(0, 1).float(), dim=-1)

@@ -49,11 +49,13 @@ def main() -> None:
 
 
 def write_curve(path: Path, curve: list[Step]) -> None:
-    """One line per training step; the header alone when nothing was trained."""
+    """One line per training step, without the columns that no step has; the header alone when nothing was trained."""
+    rows = [asdict(step) for step in curve]
+    columns = [field.name for field in fields(Step) if not rows or rows[0][field.name] is not None]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Step)])
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(asdict(step) for step in curve)
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

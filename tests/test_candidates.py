@@ -99,3 +99,20 @@ def test_trained_ranks_are_kept_only_where_they_are_best(
     assert ranks["chosen"] == (min(losses, key=losses.__getitem__) if compared else method)
     solved = "fisher" in compared or method == "fisher"
     assert (0 <= ranks["optimality_gap"] <= 1e-4) if solved else ranks["optimality_gap"] is None
+
+
+@pytest.mark.parametrize("method", ["gates", "dobi"])
+def test_the_curve_holds_the_divergence_where_it_was_minimised(
+    method: str, captured_llama: Project, tmp_path: Path
+) -> None:
+    project = captured_llama.copy(tmp_path / "llama")
+    header = {}
+    for objective in ("cross_entropy", "kl"):
+        stage_ranks(project, train_ranks__method=method, train_ranks__objective=objective)
+        curve = (project.folder / "artifacts" / "train_ranks" / "curve.csv").read_text(encoding="utf-8").splitlines()
+        header[objective] = curve[0]
+        assert len(curve) == 1 + 3 and all("," in line and ",," not in line for line in curve)
+    assert header == {
+        "cross_entropy": "step,cross_entropy,width,seconds",
+        "kl": "step,cross_entropy,divergence,width,seconds",
+    }

@@ -45,6 +45,7 @@ REFUSED: dict[str, list[Any]] = {
     "train_ranks.method": ["svd", ""],
     "train_ranks.file": ["", 3],
     "train_ranks.file_sha256": ["abc", "G" * 64, 7],
+    "train_ranks.objective": ["mse", None],
     "train_ranks.whitening": ["output"],
     "train_ranks.steps": [0],
     "train_ranks.seq_len": [1, 10**6],

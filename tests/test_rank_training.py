@@ -95,6 +95,58 @@ def test_a_share_of_the_numbers_is_a_position_and_back(full: int, more: int, at:
     assert module.share(1) == pytest.approx(numbers[0] / numbers[1])
 
 
+def gated_llama(rank: int) -> tuple[torch.nn.Module, dict[str, GatedLinear]]:
+    """A tiny model whose gates stand sharply at one rank."""
+    model = tiny.model("llama").eval().requires_grad_(False)
+    modules = svd_gates(model)
+    for module in modules.values():
+        module.fraction.data.fill_(rank / module.full_rank)
+        module.beta = 10.0
+    attach(model, modules)
+    return model, modules
+
+
+def test_the_kl_objective_is_the_mean_divergence_from_the_dense_model() -> None:
+    with torch.no_grad():
+        p = tiny.model("llama").eval()(input_ids=WINDOWS).logits[:, :-1].double().softmax(-1)
+        model, modules = gated_llama(8)
+        q = model(input_ids=WINDOWS).logits[:, :-1].double().softmax(-1)
+        loss, entropy = rank_training.training_loss(model, modules, WINDOWS, "kl")
+        naive = [sum(p[w, t] * (p[w, t] / q[w, t]).log()) for w in range(len(p)) for t in range(p.shape[1])]
+        assert float(loss) == pytest.approx(float(sum(naive)) / len(naive), rel=1e-4)
+        chosen, same = rank_training.training_loss(model, modules, WINDOWS, "cross_entropy")
+        assert float(chosen) == same == entropy == pytest.approx(float(rank_training.next_token_loss(model, WINDOWS)))
+        assert not any(module.open for module in modules.values()), "the gates close again"
+        for module in modules.values():
+            module.open = True
+        assert float(rank_training.training_loss(model, modules, WINDOWS, "kl")[0]) == pytest.approx(0, abs=1e-6)
+
+
+def test_gates_close_again_when_the_dense_model_fails() -> None:
+    _, modules = gated_llama(8)
+    with pytest.raises(RuntimeError), rank_training.opened(modules):
+        assert all(module.open for module in modules.values())
+        raise RuntimeError
+    assert not any(module.open for module in modules.values())
+
+
+def test_each_objective_lowers_what_it_names_and_they_learn_different_ranks() -> None:
+    learned = {}
+    for objective in ("cross_entropy", "kl"):
+        model, modules = gated_llama(16)
+        costs = {name: float(module.full_rank) for name, module in modules.items()}
+        curve: list[rank_training.Step] = []
+        settings = SETTINGS | {"steps": 12, "beta": 1 / (0.1 * 32)}
+        start = dict.fromkeys(modules, 16)
+        learned[objective] = train(
+            model, modules, costs, start, WINDOWS[:2], objective=objective, on_step=curve.append, **settings
+        )
+        losses = [step.divergence if objective == "kl" else step.cross_entropy for step in curve]
+        assert losses[-1] < losses[0]
+        assert all((step.divergence is None) == (objective == "cross_entropy") for step in curve)
+    assert learned["kl"] != pytest.approx(learned["cross_entropy"], rel=1e-3)
+
+
 def test_open_modules_are_not_trained() -> None:
     model = tiny.model("llama").eval().requires_grad_(False)
     modules = svd_gates(model)
