@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,31 @@ def queue_and_run(project: Project) -> None:
     project.run("dvc", "exp", "run", "--run-all")
     project.run("dvc", "exp", "apply", "queued")
     assert "Queued" in (project.folder / "reports" / "report.md").read_text(encoding="utf-8")
+
+
+def test_presets_are_measured_beside_the_project(finished_llama: Project, tmp_path: Path) -> None:
+    """benchmarks/presets.py runs what follows capture in a folder of its own; the project stays as it was."""
+    project = finished_llama.copy(tmp_path / "llama")
+    for name in ("benchmarks", "presets"):
+        shutil.copytree(tiny.REPOSITORY / name, project.folder / name)
+    before, known = contents(project.folder / "artifacts"), layers(project)
+    command = (sys.executable, "-m", "benchmarks.presets", "--presets", "svd", "--ratios", "0.6", "--markdown")
+    lines = project.run(*command).stdout.splitlines()
+    dense, int8, int4, row = [json.loads(line) for line in lines if line.startswith("{")]
+    file = (project.folder / "artifacts" / "prepare" / "model.safetensors").stat().st_size
+    assert dense["bytes"] == file > int8["bytes"] > int4["bytes"]
+    measured = read(project.folder / "artifacts" / "baseline" / "baseline.json")
+    assert dense["perplexity"]["corpus"] == pytest.approx(measured["perplexity"]["corpus"]["perplexity"])
+    assert (row["preset"], row["ratio"]) == ("svd", 0.6)
+    assert row["linear_bytes"] <= 0.6 * dense["linear_bytes"] and row["bytes"] < dense["bytes"]
+    assert row["seconds"] > 0 and row["peak_memory"] > 10**7
+    assert row["perplexity"]["corpus"] != dense["perplexity"]["corpus"]
+    assert len([line for line in lines if line.startswith("| svd |")]) == 1
+    assert contents(project.folder / "artifacts") == before and layers(project) == known
+
+    project.change(capture__damping=1e-4)
+    done = project.run(*command, check=False)
+    assert done.returncode == 1 and "run `dvc repro capture` first" in done.stderr and not done.stdout
 
 
 def test_a_bad_parameter_costs_nothing(finished_llama: Project, tmp_path: Path) -> None:
