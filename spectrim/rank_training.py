@@ -17,9 +17,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, linear, log_softmax, nll_loss
+from torch.nn.functional import linear
 
 from spectrim.errors import NumericalError
+from spectrim.maths.losses import divergence, next_token_loss
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.sampling import in_rounds
 from spectrim.maths.truncation import smooth_gate, truncated_activation
@@ -259,18 +260,15 @@ def onto_budget(theta: Tensor, cost: Tensor, budget: float, floor: Tensor) -> Te
 def training_loss(
     model: nn.Module, modules: Mapping[str, Truncated], windows: Tensor, objective: Objective
 ) -> tuple[Tensor, float]:
-    """(−mean log q(next token), or mean Σ_v p_v (log p_v − log q_v); the first as a number), nats per token.
+    """``next_token_loss`` of the truncated model, or its ``divergence`` from the same model with every module ``open``.
 
-    q are the predictions of the truncated model, p those of the same model with every module ``open``: the dense one.
-    The means are over all positions of the windows (batch, seq) but the last.
+    The first also as a number.
     """
     with opened(modules), torch.no_grad():
-        teacher = _predictions(model, windows) if objective == "kl" else None
-    predicted = _predictions(model, windows)
-    entropy = nll_loss(predicted, windows[:, 1:].flatten().to(predicted.device))
-    if teacher is None:
-        return entropy, entropy.item()
-    return kl_div(predicted, teacher, reduction="batchmean", log_target=True), entropy.item()
+        teacher = _logits(model, windows) if objective == "kl" else None
+    logits = _logits(model, windows)
+    entropy = next_token_loss(logits, windows)
+    return (entropy if teacher is None else divergence(logits, teacher)), entropy.item()
 
 
 @contextmanager
@@ -286,12 +284,6 @@ def opened(modules: Mapping[str, Truncated]) -> Iterator[None]:
             module.open = before[name]
 
 
-def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean next-token cross-entropy in nats over windows (batch, seq) int64, float32."""
-    predicted = _predictions(model, windows)
-    return nll_loss(predicted, windows[:, 1:].flatten().to(predicted.device))
-
-
 @torch.no_grad()
 def validation_loss(
     model: nn.Module, modules: Mapping[str, GatedLinear], ranks: Mapping[str, int], windows: Tensor
@@ -300,7 +292,7 @@ def validation_loss(
     for name, module in modules.items():
         module.rank = ranks[name]
     try:
-        losses = [float(next_token_loss(model, window[None])) for window in windows]
+        losses = [float(next_token_loss(_logits(model, window[None]), window[None])) for window in windows]
     finally:
         for module in modules.values():
             module.rank = None
@@ -311,8 +303,7 @@ def validation_loss(
     return mean
 
 
-def _predictions(model: nn.Module, windows: Tensor) -> Tensor:
-    """log q(token | what stands before it) at every position but the last, (batch·(seq − 1), vocabulary) float32."""
+def _logits(model: nn.Module, windows: Tensor) -> Tensor:
     device = next(model.parameters()).device
-    logits = model(input_ids=windows.to(device), use_cache=False).logits[:, :-1]
-    return log_softmax(logits.flatten(0, 1).float(), dim=-1)
+    logits: Tensor = model(input_ids=windows.to(device), use_cache=False).logits
+    return logits

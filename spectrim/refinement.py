@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from spectrim.errors import NumericalError
 from spectrim.lowrank_linear import LowRankLinear
+from spectrim.maths.losses import distillation_loss
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import balance
 from spectrim.maths.sampling import in_rounds
@@ -63,29 +63,6 @@ def checkpoint_blocks(model: PreTrainedModel) -> None:
     """
     for block in decoder_blocks(model)[1]:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def distillation_loss(logits: Tensor, teacher: Tensor, tokens: Tensor, kl_weight: float) -> Tensor:
-    """mean_t λ KL(p_t ‖ q_t) + (1 − λ) (−log q_t[x_{t+1}]), in nats per token, float32.
-
-    The cross-entropy's mean is over the positions that have a next token, the divergence's over all.
-
-    Args:
-        logits: of the compressed model, (windows, seq, vocabulary).
-        teacher: of the dense model, the same shape, without gradient; not read when λ = 0.
-        tokens: (windows, seq) int64.
-        kl_weight: λ in [0, 1].
-    """
-    loss = logits.new_zeros((), dtype=torch.float32)
-    if kl_weight:
-        expected = teacher.flatten(0, 1).float().log_softmax(-1)
-        chances = expected.exp()
-        entropy = -(chances * expected).sum(-1).mean()
-        loss = loss + kl_weight * (cross_entropy(logits.flatten(0, 1).float(), chances) - entropy)
-    if kl_weight < 1:
-        predicted, following = logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()
-        loss = loss + (1 - kl_weight) * cross_entropy(predicted, following.to(logits.device))
-    return loss
 
 
 class Refinement:
