@@ -26,6 +26,7 @@ help: ## show the targets
 	@touch $@
 
 repro: .venv/.installed ## the compressed model and its report, from params.yaml; runs only what changed
+	@python -m pipeline.params # DVC removes a stage's output before the stage can refuse a value
 	dvc repro
 
 flow: .venv/.installed ## the same under Prefect, with its UI
@@ -45,7 +46,7 @@ lint: .venv/.installed ## style and types
 
 ci-report: .venv/.installed ## BASE=REV: ci-report.md, this commit compared with REV
 	$(if $(BASE),,$(error name the commit to compare with: make ci-report BASE=REV))
-	python -m pipeline.ci_report --base $(BASE) --out ci-report.md
+	python -m pipeline.ci_report --base "$(BASE)" --out ci-report.md
 
 lock: ## requirements.lock anew, from the newest versions that pyproject.toml allows
 	rm -rf .venv-lock

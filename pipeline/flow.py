@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline import artifacts, console, prefect_engine
+from pipeline.params import load
 from spectrim.errors import OrchestrationError
 
 START = 180.0  # seconds until a new server must answer; 7 on an idle machine, with a new database
@@ -160,6 +161,7 @@ def main(
     keep_ui: Annotated[bool, typer.Option("--keep-ui", help="Leave server and UI running until Ctrl-C.")] = False,
 ) -> None:
     """Run the DVC graph as a Prefect flow, with a UI on loopback."""
+    load()  # refuses before DVC removes the output of the stage that would refuse
     stages = order(targets or ())
     with prefect_server() as server:
         try:

@@ -1,19 +1,23 @@
 """params.yaml -> one frozen dataclass per section, every problem of the whole file reported at once.
 
+    python -m pipeline.params       # checks the file and does nothing else
+
 The whole file is checked by every stage, so that a misspelt key of the last stage is found before the first one runs.
 DVC tracks the values; this file only reads them, so it is in no stage's dependencies.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from pydantic import TypeAdapter, ValidationError, with_config
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
+from pipeline.console import run
 from pipeline.sections import (
     SPLITS,
     STRICT,
@@ -33,6 +37,16 @@ from pipeline.sections import (
     UpdateWeights,
 )
 from spectrim.errors import ConfigError
+
+FILE = Path("params.yaml")
+AT_MOST = {
+    "capture.damping": "capture.max_damping",
+    "capture.gradient_windows": "calibrate.calibration_windows",
+    "capture.gradient_seq_len": "calibrate.seq_len",
+    "train_ranks.seq_len": "calibrate.seq_len",
+    "update_weights.ipca_windows": "calibrate.calibration_windows",
+    "update_weights.refinement.seq_len": "calibrate.seq_len",
+}
 
 
 @with_config(STRICT)
@@ -54,46 +68,21 @@ class Params:
     evaluate: Evaluate
     report: Report
 
-    def problems(self) -> Iterator[str]:
-        """Complaints that no single section can raise, as ``section.key: complaint``."""
-        for split in SPLITS:
-            if not any(split in text.splits for text in self.data.values()):
-                yield f"data: no text has a {split} split; give one a share of its documents"
-        if self.capture.gradient_windows > self.calibrate.calibration_windows:
-            yield (
-                f"capture.gradient_windows: {self.capture.gradient_windows} is more than "
-                f"calibrate.calibration_windows = {self.calibrate.calibration_windows}"
-            )
-        lengths = {
-            "capture.gradient_seq_len": self.capture.gradient_seq_len,
-            "train_ranks.seq_len": self.train_ranks.seq_len,
-            "update_weights.refinement.seq_len": self.update_weights.refinement.seq_len,
-        }
-        for key, length in lengths.items():
-            if length > self.calibrate.seq_len:
-                yield f"{key}: {length} is more than calibrate.seq_len = {self.calibrate.seq_len}"
-        if self.update_weights.ipca_windows > self.calibrate.calibration_windows:
-            yield (
-                f"update_weights.ipca_windows: {self.update_weights.ipca_windows} is more than "
-                f"calibrate.calibration_windows = {self.calibrate.calibration_windows}"
-            )
+
+def main() -> None:
+    """Check params.yaml: every problem at once, or nothing."""
+    load()
 
 
 @cache
-def load(path: str | Path = "params.yaml") -> Params:
+def load(path: str | Path = FILE) -> Params:
     """Read and check ``path``; raises ConfigError with every problem, each naming file, section and key."""
     file = Path(path)
-    try:
-        raw: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError([f"{file}: not found; run from the project's folder"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{file}: not valid YAML: {' '.join(str(error).split())}"]) from None
-    if not isinstance(raw, dict):
-        raise ConfigError([f"{file}: must be a mapping of sections, found {type(raw).__name__}"])
+    raw = read_yaml(file)
     hints = get_type_hints(Params, include_extras=True)
-    problems = [f"{name}: unknown section; remove it or correct its spelling" for name in raw.keys() - hints.keys()]
+    problems = [f"{name}: unknown section; remove it or correct its spelling" for name in raw if name not in hints]
     sections: dict[str, Any] = {}
+    refused: set[str] = set()
     for name, kind in hints.items():
         if name not in raw:
             problems.append(f"{name}: missing; every section must be given")
@@ -101,28 +90,67 @@ def load(path: str | Path = "params.yaml") -> Params:
         try:  # through JSON: pydantic's strict mode takes a mapping for a dataclass, and 1 for 1.0, only there
             sections[name] = TypeAdapter(kind).validate_json(json.dumps(raw[name], default=str), strict=True)
         except ValidationError as error:
-            problems += [_describe(name, item) for item in error.errors(include_url=False)]
-            continue
-        parts = (
-            {f"{name}.{key}": text for key, text in sections[name].items()}
-            if name == "data"
-            else {name: sections[name]}
-        )
-        for part, section in parts.items():
-            problems += [f"{part}.{problem}" for problem in getattr(section, "problems", tuple)()]
-    if not problems:
-        params = Params(**sections)
-        problems = list(params.problems())
+            for item in error.errors(include_url=False):
+                where = ".".join(str(part) for part in (name, *item["loc"]) if part != "[key]")
+                refused.add(where)
+                problems.append(f"{where}: {_complaint(item)}")
+    accepted = {
+        key: value for key, value in _leaves(raw) if not any(key == bad or key.startswith(f"{bad}.") for bad in refused)
+    }
+    problems += _contradictions(accepted, sections.get("data"))
     if problems:
         raise ConfigError(f"{file}: {problem}" for problem in problems)
-    return params
+    return Params(**sections)
 
 
-def _describe(section: str, item: Any) -> str:
-    where = ".".join(str(part) for part in (section, *item["loc"]))
-    what = {
-        "unexpected_keyword_argument": "unknown key; remove it or correct its spelling",
-        "missing": "missing; every key must be given",
-        "missing_argument": "missing; every key must be given",
-    }.get(item["type"], f"{item['msg'][0].lower()}{item['msg'][1:]}, found {item.get('input')!r}")
-    return f"{where}: {what}"
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML 1.2 file, read as DVC reads it: 1e-3 is a number, a key given twice an error.
+
+    Raises:
+        ConfigError: not there, not YAML, or not a mapping.
+    """
+    try:
+        raw: Any = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError([f"{file}: not found; run from the project's folder"]) from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{file}: not valid YAML: {' '.join(str(error).split())}"]) from None
+    if not isinstance(raw, dict):
+        raise ConfigError([f"{file}: must be a mapping of sections, found {type(raw).__name__}"])
+    return raw
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key -> value of everything that is no mapping."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _contradictions(values: Mapping[str, Any], texts: Mapping[str, Text] | None) -> Iterator[str]:
+    """What no key can say alone, judged by what is acceptable by itself: dotted key -> value, and the texts."""
+    for key, limit in AT_MOST.items():
+        if key in values and limit in values and values[key] > values[limit]:
+            yield f"{key}: {values[key]} is more than {limit} = {values[limit]}"
+    if values.get("train_ranks.method") == "file" and values.get("train_ranks.file", "") is None:
+        yield "train_ranks.file: null; method file needs the path of a ranks.json or of a rank file of Dobi-SVD"
+    for split in SPLITS:
+        if texts is not None and not any(split in text.splits for text in texts.values()):
+            yield f"data: no text has a {split} split; give one a share of its documents"
+
+
+def _complaint(item: Any) -> str:
+    match item["type"]:
+        case "unexpected_keyword_argument":
+            return "unknown key; remove it or correct its spelling"
+        case "missing" | "missing_argument":
+            return "missing; every key must be given"
+        case "value_error":
+            return str(item["ctx"]["error"])
+    return f"{item['msg'][0].lower()}{item['msg'][1:]}, found {item.get('input')!r}"
+
+
+if __name__ == "__main__":
+    run(main)

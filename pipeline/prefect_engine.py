@@ -18,7 +18,7 @@ from spectrim.errors import OrchestrationError, SpectrimError
 
 POLL = 0.5  # seconds between two looks at the server
 REFUSALS = 5  # looks in a row that find nobody listening
-SILENCES = 4  # looks in a row that get no answer in time: a busy server is not a dead one
+SILENCES = 12  # looks in a row that get no answer in time, a minute: a starved server is not a dead one
 ANSWER = 5.0  # seconds to answer one look
 
 Body = Callable[[Callable[[Any], None]], None]

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.artifacts import write_text
 from pipeline.console import run
-from pipeline.params import load
+from pipeline.params import load, read_yaml
 from spectrim.errors import ConfigError
 
 PRESETS = Path("presets")
@@ -57,13 +56,7 @@ def read(name: str) -> dict[str, Any]:
     if name not in available:
         known = ", ".join(available) or f"none: {PRESETS}/ is not here; run from the project's folder"
         raise ConfigError([f"{file}: no such preset; available: {known}"])
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{file}: not valid YAML: {' '.join(str(error).split())}"]) from None
-    if not isinstance(content, dict):
-        raise ConfigError([f"{file}: must be a mapping of sections, found {type(content).__name__}"])
-    return dict(_flat(content))
+    return dict(_flat(read_yaml(file)))
 
 
 def applied(name: str, values: Mapping[str, Any]) -> tuple[str, dict[str, tuple[Any, Any]]]:

@@ -89,13 +89,13 @@ def imports(file: Path) -> frozenset[Path]:
 
 
 def closure(file: Path) -> set[Path]:
-    """A file and everything of the repository that it imports, directly or not."""
+    """A file and everything of the repository that it imports, directly or not, but not through what only checks."""
     seen: set[Path] = set()
     todo = [file]
     while todo:
         if (current := todo.pop()) not in seen:
             seen.add(current)
-            todo += imports(current)
+            todo += [] if current.as_posix() in NO_RESULT else imports(current)
     return seen
 
 

@@ -1,6 +1,7 @@
 """`python -m pipeline.flow` on a tiny DVC project: order, cache, a server of its own, and no orphan however it ends."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ stages:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     (folder / "dvc.yaml").write_text(GRAPH.replace("SECONDS", "0"))
+    shutil.copy(PROJECT / "params.yaml", folder)
     command = [sys.executable, "-m", "dvc", "init", "--no-scm", "-q"]
     subprocess.run(command, cwd=folder, check=True, env=environment())
     return folder
