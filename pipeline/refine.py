@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from pipeline.measure import load_model
 from pipeline.sections import Refinement as Settings
 from pipeline.store import LayerStore, key
 from pipeline.texts import load_windows
-from spectrim.blocks import BlockModel
 from spectrim.capture import last_hidden
 from spectrim.evaluation import perplexity
 from spectrim.maths.lowrank import Factors
@@ -50,7 +50,7 @@ class Refine:
         prepared: folder of the dense model.
         calibrate: folder of the calibration windows, and of the validation windows, which are only measured on.
         captured: folder of what left the dense model's last block for the calibration windows.
-        model: the dense model block by block; its head gives the teacher's logits.
+        device: where it runs.
         files: what the closed form left, one file per block.
         name: identifies everything the run depends on, for its snapshots.
     """
@@ -60,7 +60,7 @@ class Refine:
         prepared: Path,
         calibrate: Path,
         captured: Path,
-        model: BlockModel,
+        device: torch.device,
         files: Sequence[Path],
         settings: Settings,
         seed: int,
@@ -68,7 +68,7 @@ class Refine:
         name: str,
     ) -> None:
         self.prepared, self.calibrate, self.captured = prepared, calibrate, captured
-        self.model, self.files = model, files
+        self.device, self.files = device, files
         self.settings, self.seed, self.store, self.name = settings, seed, store, name
         self.curve: list[Point] = []
 
@@ -77,14 +77,14 @@ class Refine:
         settings = self.settings
         windows = load_windows(self.calibrate / "calibration.parquet")[:, : settings.seq_len]
         validation = load_windows(self.calibrate / "validation.parquet")
-        student = load_model(self.prepared, self.model.device)
+        student = load_model(self.prepared, self.device)
         if settings.checkpointing:
             checkpoint_blocks(student)
         run = Refinement(
             student,
             attach(student, _read(self.files)),
-            self._teacher(),
             windows,
+            last_hidden(self.captured)[:, : settings.seq_len],
             steps=settings.steps,
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
@@ -110,13 +110,9 @@ class Refine:
         for step in self._snapshots():
             shutil.rmtree(self.store.path(self._key(step)), ignore_errors=True)
 
-    def _teacher(self):  # type: ignore[no-untyped-def]
-        hidden = last_hidden(self.captured)[:, : self.settings.seq_len]
-        return lambda tokens, chosen: self.model.logits(tokens, hidden[chosen].to(self.model.device))
-
     def _measure(self, run: Refinement, validation: Tensor, loss: float | None) -> None:
         """Add a point to the curve."""
-        measured = math.log(perplexity(run.model, validation)["perplexity"])  # type: ignore[arg-type]
+        measured = math.log(perplexity(run.model, validation)["perplexity"])
         self.curve.append(Point(run.step, loss, measured))
 
     def _best(self) -> int:

@@ -6,8 +6,8 @@ after the blocks is reached without knowing the architecture: the model's own fo
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spectrim.errors import ModelError
+from spectrim.errors import ModelError, StorageError
 from spectrim.modules import decoder_blocks, linears_by_block
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with besides the hidden states
@@ -33,11 +33,14 @@ class BlockModel:
         exclude: shell patterns of linears that are left out of ``linears``.
 
     Raises:
+        StorageError: no model in ``folder``.
         ModelError: no decoder blocks, nothing to compress, or weights whose names are not the module's.
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu", exclude: tuple[str, ...] = ()) -> None:
         self.folder, self.device = Path(folder), torch.device(device)
+        if not (file := self.folder / "config.json").is_file():  # transformers would ask the hub for it
+            raise StorageError(f"{file}: not found; give a folder with a model in the Hugging Face layout")
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         self.dtype = config.dtype or torch.float32
         with init_empty_weights():
@@ -115,13 +118,7 @@ class BlockModel:
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Hidden states that leave the last block -> logits (batch, seq, vocabulary); differentiable."""
-        last = len(self.blocks) - 1
-
-        def stub(index: int, entered: Tensor, *_: Any) -> Tensor:
-            return hidden if index == last else entered
-
-        with self._stubbed(stub):
-            return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        return logits(self.model, self.blocks, tokens.to(self.device), hidden, self._returns_tuple())
 
     def _call(self, index: int, shape: tuple[int, int]) -> Call:
         if shape not in self._calls:  # depends on the shape alone: positions and masks, never on the tokens
@@ -153,24 +150,8 @@ class BlockModel:
             self._tuple_output = isinstance(kept[0], tuple)
         return self._tuple_output
 
-    @contextmanager
-    def _stubbed(self, stub: Any) -> Iterator[None]:
-        wrap = self._returns_tuple()
-
-        def forward_of(index: int) -> Any:
-            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-                out = stub(index, hidden_states, args, kwargs)
-                return (out,) if wrap else out
-
-            return forward
-
-        for index, block in enumerate(self.blocks):
-            block.forward = forward_of(index)
-        try:
-            yield
-        finally:
-            for block in self.blocks:
-                del block.forward
+    def _stubbed(self, stub: Any) -> AbstractContextManager[None]:
+        return stubbed(self.blocks, stub, self._returns_tuple())
 
     def _load(self, names: list[str]) -> None:
         by_file: dict[Path, list[str]] = {}
@@ -182,6 +163,45 @@ class BlockModel:
                     value = handle.get_tensor(name)
                     dtype = self.dtype if value.is_floating_point() else None
                     set_module_tensor_to_device(self.model, name, self.device, value, dtype=dtype)
+
+
+@contextmanager
+def stubbed(blocks: Iterable[nn.Module], stub: Any, as_tuple: bool) -> Iterator[None]:
+    """Let every block return ``stub(index, hidden, args, kwargs)`` for the length of the ``with``."""
+
+    def forward_of(index: int) -> Any:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            out = stub(index, hidden_states, args, kwargs)
+            return (out,) if as_tuple else out
+
+        return forward
+
+    own = [vars(block).get("forward") for block in blocks]  # a forward of its own, as of activation checkpointing
+    for index, block in enumerate(blocks):
+        block.forward = forward_of(index)
+    try:
+        yield
+    finally:
+        for block, before in zip(blocks, own, strict=True):
+            del block.forward
+            if before is not None:
+                block.forward = before
+
+
+def logits(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor, as_tuple: bool) -> Tensor:
+    """What ``model`` makes of the hidden states (batch, seq, hidden) that leave its last block; differentiable.
+
+    Args:
+        tokens: (batch, seq) int64 of that shape; what they are does not matter.
+        as_tuple: whether the blocks of this model return (hidden, ...).
+    """
+    last = len(blocks) - 1
+
+    def stub(index: int, entered: Tensor, *_: Any) -> Tensor:
+        return hidden if index == last else entered
+
+    with stubbed(blocks, stub, as_tuple):
+        return model(input_ids=tokens, use_cache=False).logits
 
 
 def _same(old: Any, new: Any) -> bool:

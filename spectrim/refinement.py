@@ -12,7 +12,7 @@ arXiv:2604.02119.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from spectrim.blocks import logits
 from spectrim.errors import NumericalError
 from spectrim.lowrank_linear import LowRankLinear
-from spectrim.maths.losses import distillation_loss
+from spectrim.maths.losses import divergence, token_loss
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import balance
 from spectrim.maths.sampling import in_rounds
@@ -33,6 +34,7 @@ WARMUP = 0.06  # of the steps
 FLOOR = 0.05  # of the learning rate, at the last step
 BETAS = (0.9, 0.95)
 CLIP = 1.0  # norm of the gradient over all factors
+POSITIONS = 128  # whose predictions are in memory at once: a vocabulary is 100 times as wide as the hidden states
 
 
 def attach(model: nn.Module, factors: Mapping[str, Factors]) -> dict[str, LowRankLinear]:
@@ -69,11 +71,11 @@ class Refinement:
     """A training run over the factors of ``model``; ``advance`` takes one step, ``state`` is all it depends on.
 
     Args:
-        model: with its factors attached.
+        model: with its factors attached. Its head is the dense model's too, since refinement leaves it as it is.
         modules: linear name -> its module, as ``attach`` returns them.
-        teacher: (tokens (batch, seq), indices of the windows) -> logits of the dense model, (batch, seq, vocabulary).
         windows: (windows, seq) int64; each step takes ``batch_size`` of them in a seeded order, every window once
             before any comes again.
+        expected: what leaves the dense model's last block for them, (windows, seq, hidden).
         steps: of the whole run; the learning rate's course depends on it.
         learning_rate: its peak, for factors with even norms.
         kl_weight: λ; 1 learns from the dense model alone, 0 from the text alone.
@@ -82,10 +84,10 @@ class Refinement:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         modules: Mapping[str, LowRankLinear],
-        teacher: Callable[[Tensor, Tensor], Tensor],
         windows: Tensor,
+        expected: Tensor,
         *,
         steps: int,
         batch_size: int,
@@ -93,7 +95,7 @@ class Refinement:
         kl_weight: float,
         seed: int,
     ) -> None:
-        self.model, self.teacher, self.windows = model, teacher, windows
+        self.model, self.windows, self.expected = model, windows, expected
         self.steps, self.batch_size, self.kl_weight = steps, batch_size, kl_weight
         self.step = 0
         self.parameters = {
@@ -101,6 +103,7 @@ class Refinement:
             for name, module in modules.items()
             for side, parameter in (("left", module.left), ("weight", module.weight))
         }
+        self._blocks = decoder_blocks(model)[1]
         self._optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=learning_rate, betas=BETAS, weight_decay=0.0, foreach=False
         )
@@ -114,25 +117,52 @@ class Refinement:
             NumericalError: the loss is not finite.
         """
         chosen = self._order[self.step * self.batch_size : (self.step + 1) * self.batch_size]
-        tokens = self.windows[chosen]
-        with torch.no_grad():
-            teacher = self.teacher(tokens, chosen) if self.kl_weight else torch.empty(0)
         device = next(iter(self.parameters.values())).device
+        tokens, expected = self.windows[chosen].to(device), self.expected[chosen].to(device)
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            logits = self.model(input_ids=tokens.to(device), use_cache=False).logits
-        loss = distillation_loss(logits, teacher, tokens, self.kl_weight)
-        if not torch.isfinite(loss):
-            raise NumericalError(
-                f"refinement step {self.step}: the loss is {loss.item()}; lower refinement.learning_rate"
-            )
-        loss.backward()
+            hidden, as_tuple = leaving(self.model, tokens)
+            loss, gradient = self.loss_and_gradient(tokens, expected, hidden.detach(), as_tuple)
+        if not math.isfinite(loss):
+            raise NumericalError(f"refinement step {self.step}: the loss is {loss}; lower refinement.learning_rate")
+        hidden.backward(gradient)
         nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
         for group in self._optimizer.param_groups:
             group["lr"] = self._peak * course(self.step, self.steps)
         self._optimizer.step()
         self.step += 1
-        return loss.item()
+        return loss
+
+    def loss_and_gradient(
+        self, tokens: Tensor, expected: Tensor, hidden: Tensor, as_tuple: bool
+    ) -> tuple[float, Tensor]:
+        """mean_t λ KL(p_t ‖ q_t) + mean_t (1 − λ) (−log q_t[x_{t+1}]) and its gradient by ``hidden``.
+
+        The second mean is over the positions that have a next token. Logits exist for POSITIONS positions at a time.
+
+        Args:
+            tokens: (batch, seq).
+            expected, hidden: what leaves the last block of the dense and of the compressed model, (batch, seq, hidden).
+            as_tuple: see ``blocks.logits``.
+        """
+        leaf, seq_len, total = hidden.requires_grad_(), hidden.shape[1], 0.0
+        for start in range(0, seq_len, POSITIONS):
+            part = slice(start, start + POSITIONS)
+            following = tokens[:, start + 1 : start + 1 + POSITIONS]
+            predicted = logits(self.model, self._blocks, tokens[:, part], leaf[:, part], as_tuple)
+            loss = predicted.new_zeros((), dtype=torch.float32)
+            if self.kl_weight:
+                with torch.no_grad():
+                    teacher = logits(self.model, self._blocks, tokens[:, part], expected[:, part], as_tuple)
+                loss = loss + self.kl_weight * predicted.shape[1] / seq_len * divergence(predicted, teacher)
+            if self.kl_weight < 1 and following.shape[1]:
+                share = following.shape[1] / (seq_len - 1)
+                loss = loss + (1 - self.kl_weight) * share * token_loss(predicted[:, : following.shape[1]], following)
+            if loss.requires_grad:  # the last position has no next token
+                loss.backward()
+            total += loss.item()
+        assert leaf.grad is not None
+        return total, leaf.grad
 
     def state(self) -> dict[str, Tensor]:
         """``parameter.NAME``, and after the first step AdamW's ``mean.NAME`` and ``square.NAME``; all on the CPU.
@@ -163,6 +193,18 @@ class Refinement:
         names = dict.fromkeys(name.rpartition(".")[0] for name in self.parameters)
         sides = {name: value.detach().cpu() for name, value in self.parameters.items()}
         return {name: Factors(sides[f"{name}.left"], sides[f"{name}.weight"].mT) for name in names}
+
+
+def leaving(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, bool]:
+    """What leaves the last block for tokens (batch, seq), (batch, seq, hidden), and whether blocks return tuples."""
+    left: list[Any] = []
+    handle = decoder_blocks(model)[1][-1].register_forward_hook(lambda module, args, output: left.append(output))
+    try:
+        model.base_model(input_ids=tokens, use_cache=False)
+    finally:
+        handle.remove()
+    as_tuple = isinstance(left[0], tuple)
+    return (left[0][0] if as_tuple else left[0]), as_tuple
 
 
 def course(step: int, steps: int) -> float:

@@ -12,20 +12,21 @@ from pathlib import Path
 from safetensors import safe_open
 
 from pipeline import refine, updates
-from pipeline.artifacts import artifact, fresh_folder, read_json, sha256_file, write_json
+from pipeline.artifacts import artifact, fresh_folder, read_json, require_model, sha256_file, write_json
 from pipeline.console import run
 from pipeline.devices import resolve
 from pipeline.layers import LayerTask, run_layers
 from pipeline.params import Params, load
 from pipeline.store import LayerStore, code_digest, key, link_or_copy
 from spectrim import blocks, capture, evaluation, lowrank_linear, modules, refinement, weight_update
-from spectrim.maths import lowrank, quantization, sampling, subspace, whitening
+from spectrim.maths import losses, lowrank, quantization, sampling, subspace, whitening
 
 
 def main() -> None:
     """Compute the factors of every block."""
     params, store = load(), LayerStore()
     settings = params.update_weights
+    require_model(artifact("prepare"))
     model = blocks.BlockModel(artifact("prepare"), resolve(params.runtime.device), tuple(params.compression.exclude))
     ranks = {
         name: matrix["rank"]
@@ -68,7 +69,9 @@ def _refined(params: Params, model: blocks.BlockModel, files: list[Path], store:
     name = key(
         "update_weights",
         "refinement",
-        code_digest(refine, refinement, blocks, capture, modules, lowrank_linear, evaluation, quantization, sampling),
+        code_digest(
+            refine, refinement, blocks, capture, modules, lowrank_linear, evaluation, losses, quantization, sampling
+        ),
         read_json(prepared / "prepare.json")["model_sha256"],
         [tokens[part]["tokens_sha256"] for part in ("calibration", "validation")],
         [sha256_file(file) for file in files],
@@ -76,7 +79,7 @@ def _refined(params: Params, model: blocks.BlockModel, files: list[Path], store:
         seed,
         str(model.device),
     )
-    run = refine.Refine(prepared, calibrate, artifact("capture"), model, files, settings, seed, store, name)
+    run = refine.Refine(prepared, calibrate, artifact("capture"), model.device, files, settings, seed, store, name)
     entries = run_layers("refinement", [LayerTask("refinement", name, run)], params.runtime, store, ordered=True)
     run.clear()
     return entries["refinement"]

@@ -4,13 +4,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from spectrim import refinement as refinement_module
 from spectrim.errors import NumericalError
 from spectrim.lowrank_linear import LowRankLinear
 from spectrim.maths.losses import divergence as mean_divergence
+from spectrim.maths.losses import next_token_loss
 from spectrim.maths.lowrank import Factors
 from spectrim.modules import compressible_linears
-from spectrim.refinement import FLOOR, Refinement, attach, checkpoint_blocks, course
-from tests import tiny
+from spectrim.refinement import FLOOR, Refinement, attach, checkpoint_blocks, course, leaving
+from tests import reference, tiny
 
 WINDOWS = torch.randint(2, 200, (6, 16), generator=torch.Generator().manual_seed(1))
 SETTINGS = {"steps": 6, "batch_size": 2, "learning_rate": 3e-3, "kl_weight": 1.0, "seed": 0}
@@ -30,21 +32,41 @@ def student(family: str = "llama") -> tuple[PreTrainedModel, dict[str, LowRankLi
     return model, attach(model, svd_factors(model))
 
 
-def teacher(family: str = "llama"):  # type: ignore[no-untyped-def]
-    dense = tiny.model(family)
-    return lambda tokens, chosen: dense(input_ids=tokens, use_cache=False).logits
-
-
 def refinement(family: str = "llama", **changes: float) -> Refinement:
     model, modules = student(family)
-    return Refinement(model, modules, teacher(family), WINDOWS, **{**SETTINGS, **changes})  # type: ignore[arg-type]
+    with torch.no_grad():
+        expected, _ = leaving(tiny.model(family), WINDOWS)
+    return Refinement(model, modules, WINDOWS, expected, **{**SETTINGS, **changes})  # type: ignore[arg-type]
 
 
 def divergence(run: Refinement) -> float:
-    dense = teacher()
     with torch.no_grad():
-        logits = run.model(input_ids=WINDOWS, use_cache=False).logits
-        return float(mean_divergence(logits, dense(WINDOWS, None)))
+        teacher, logits = (
+            model(input_ids=WINDOWS, use_cache=False).logits for model in (tiny.model("llama"), run.model)
+        )
+        return float(mean_divergence(logits, teacher))
+
+
+@pytest.mark.parametrize("kl_weight", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+@pytest.mark.parametrize("positions", [1, 5, 16])
+def test_the_loss_in_parts_is_that_of_the_whole_logits(
+    kl_weight: float, family: str, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refinement_module, "POSITIONS", positions)
+    run, dense = refinement(family, kl_weight=kl_weight), tiny.model(family)
+    tokens = WINDOWS[:2]
+    hidden, as_tuple = leaving(run.model, tokens)
+    found, gradient = run.loss_and_gradient(tokens, run.expected[:2], hidden.detach(), as_tuple)
+    teacher, student = (model(input_ids=tokens, use_cache=False).logits for model in (dense, run.model))
+    assert found == pytest.approx(
+        reference.distillation_loss(student.detach(), teacher.detach(), tokens, kl_weight), abs=1e-5
+    )
+    whole = kl_weight * mean_divergence(student, teacher.detach()) + (1 - kl_weight) * next_token_loss(student, tokens)
+    wanted = torch.autograd.grad(whole, list(run.parameters.values()))
+    hidden.backward(gradient)
+    for parameter, expected in zip(run.parameters.values(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))

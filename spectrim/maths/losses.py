@@ -8,10 +8,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 
+def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """mean_t −log q_t[x_t], q_t the prediction for token x_t itself."""
+    return cross_entropy(logits.flatten(0, 1).float(), tokens.flatten().to(logits.device))
+
+
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """mean_t −log q_t[x_{t+1}] over the positions that have a next token."""
-    following = tokens[:, 1:].flatten().to(logits.device)
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), following)
+    return token_loss(logits[:, :-1], tokens[:, 1:])
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -20,20 +24,3 @@ def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
     chances = expected.exp()
     entropy = -(chances * expected).sum(-1).mean()
     return cross_entropy(logits.flatten(0, 1).float(), chances) - entropy
-
-
-def distillation_loss(logits: Tensor, teacher: Tensor, tokens: Tensor, kl_weight: float) -> Tensor:
-    """λ·divergence + (1 − λ)·next_token_loss.
-
-    Args:
-        logits: of the compressed model.
-        teacher: logits of the dense model, the same shape, without gradient; not read when λ = 0.
-        tokens: what both read.
-        kl_weight: λ in [0, 1].
-
-    Source: distillation, Hinton et al. 2015, arXiv:1503.02531.
-    """
-    if kl_weight == 0:
-        return next_token_loss(logits, tokens)
-    loss = kl_weight * divergence(logits, teacher)
-    return loss if kl_weight == 1 else loss + (1 - kl_weight) * next_token_loss(logits, tokens)
