@@ -31,6 +31,12 @@ def artifact(*parts: str | Path) -> Path:
     return Path("artifacts", *parts)
 
 
+def require_model(folder: Path) -> None:
+    """Raise StorageError unless ``folder`` holds a model: transformers would ask the hub for one of that name."""
+    if not (file := folder / "config.json").is_file():
+        raise StorageError(f"{file}: not found; run the stage that writes it (`dvc repro {folder.name}`)")
+
+
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn a failure of the disk under ``path`` into one line; every other exception passes unchanged.

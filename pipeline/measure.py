@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from pipeline.artifacts import artifact
+from pipeline.artifacts import artifact, require_model
 from pipeline.console import progress
 from pipeline.texts import load_windows
 from spectrim.errors import DataError, NumericalError, StorageError
@@ -35,17 +35,17 @@ def load_model(folder: Path, device: "torch.device") -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM  # importing spectrim.errors has registered the checkpoint format
 
-    if not (folder / "config.json").is_file():  # transformers would look for a hub model of that name
-        raise StorageError(f"{folder / 'config.json'}: not found; run the stage that writes it (`dvc repro`)")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    require_model(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     return model.to(device).eval()
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder."""
+    """The tokenizer of a model folder. Raises StorageError when there is no such folder."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    require_model(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def evaluation_windows() -> dict[str, "Tensor"]:
@@ -92,6 +92,22 @@ def require_same_tokens(baseline: Mapping[str, Any], texts: Mapping[str, "Tensor
             f"{path}: measured on other tokens of {', '.join(differing)} than artifacts/calibrate now holds; "
             "run `dvc repro baseline`"
         )
+
+
+def machine(device: "torch.device") -> str:
+    """What speeds and peaks were measured on, in words."""
+    import platform
+
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = next(line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def process_peak(device: "torch.device") -> dict[str, Any]:

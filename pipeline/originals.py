@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from pipeline.artifacts import require_model
 from pipeline.sources import first_line
 from spectrim.errors import DataError, ModelError, SourceError
 
@@ -80,9 +81,10 @@ def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
 
 
 def check_context(folder: Path, seq_len: int) -> None:
-    """Raise DataError when the model in ``folder`` has fewer positions than ``seq_len`` (tokens)."""
+    """Raise DataError when the model in ``folder`` has fewer than ``seq_len`` positions, StorageError without it."""
     from transformers import AutoConfig
 
+    require_model(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and seq_len > positions:

@@ -132,7 +132,11 @@ def loss_gradient(model: BlockModel, tokens: Tensor, hidden: Tensor) -> Tensor:
         logits = model.logits(tokens[i : i + 1], leaf)[0, :-1].float()
         loss = cross_entropy(logits, tokens[i, 1:].to(model.device), reduction="sum")
         if not torch.isfinite(loss):
-            raise NumericalError(f"window {i}: the loss is {loss.item()}; check the model and the text of that window")
+            state = "finite" if torch.isfinite(leaf).all() else "not finite"
+            raise NumericalError(
+                f"calibration window {i}: the loss is {loss.item()} after the head ({state} hidden states leave "
+                f"{model.names[-1]}, the last block); check the weights of the final norm and the head, and that window"
+            )
         gradient[i : i + 1] = torch.autograd.grad(loss, leaf)[0].cpu()
     return gradient
 

@@ -8,7 +8,7 @@ params  remap
 from functools import partial
 
 from pipeline import packing
-from pipeline.artifacts import artifact, fresh_folder, provenance, read_json, sha256_file
+from pipeline.artifacts import artifact, fresh_folder, provenance, read_json, require_model, sha256_file
 from pipeline.console import run
 from pipeline.layers import LayerTask, run_layers
 from pipeline.params import load
@@ -20,6 +20,7 @@ from spectrim.maths import budget, pivoting, quantization
 def main() -> None:
     """Pack the factors of every block and write the checkpoint."""
     params, dense = load(), artifact("prepare")
+    require_model(dense)
     ranks_file, half = artifact("train_ranks", "ranks.json"), saving.half_dtype(dense)
     ranks = read_json(ranks_file)
     format = ranks["format"] if params.remap.format == "same" else params.remap.format

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spectrim.blocks import BlockModel
-from spectrim.errors import ModelError
+from spectrim.errors import ModelError, StorageError
 from tests import tiny
 
 TOKENS = torch.arange(40).reshape(4, 10)
@@ -69,6 +69,11 @@ def test_excluded_linears_are_left_out(model_folders: dict[str, Path]) -> None:
     model = BlockModel(model_folders["llama"], exclude=("*.down_proj", "model.layers.0.*"))
     assert model.linears[0] == {}
     assert not any(name.endswith("down_proj") for linears in model.linears for name in linears)
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"prepare/config\.json: not found"):
+        BlockModel(tmp_path / "prepare")
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
