@@ -90,8 +90,10 @@ class SpectrimQuantizer(HfQuantizer):
             )
             replace(model, name, module)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        return _plain_linears(model, dtype or model.dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # transformers passes on what it was given, "float16" as well as torch.float16
+        chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        return _plain_linears(model, chosen)
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:

@@ -49,28 +49,36 @@ def linears_by_block(model: PreTrainedModel, exclude: Iterable[str] = ()) -> dic
     patterns in ``exclude``. A block whose linears are all excluded is present with an empty dictionary.
 
     Raises:
-        ModelError: nothing is left to compress.
+        ModelError: nothing is left to compress, or a pattern matches no linear.
     """
-    patterns = tuple(exclude)
+    patterns = list(exclude)
     prefix, blocks = decoder_blocks(model)
-    linears: dict[str, dict[str, nn.Linear]] = {}
-    excluded = 0
+    every: dict[str, dict[str, nn.Linear]] = {}
     for index, block in enumerate(blocks):
         layer = f"{prefix}.{index}"
-        every = {f"{layer}.{name}": module for name, module in block.named_modules() if type(module) is nn.Linear}
-        linears[layer] = {
-            name: linear
-            for name, linear in every.items()
-            if not any(fnmatchcase(name, pattern) for pattern in patterns)
-        }
-        excluded += len(every) - len(linears[layer])
-    if not any(linears.values()):
+        every[layer] = {f"{layer}.{name}": part for name, part in block.named_modules() if type(part) is nn.Linear}
+    matched = {name: [p for p in patterns if fnmatchcase(name, p)] for linears in every.values() for name in linears}
+    _check_selection(f"{prefix} of {type(model).__name__}", patterns, matched)
+    return {
+        layer: {name: linear for name, linear in linears.items() if not matched[name]}
+        for layer, linears in every.items()
+    }
+
+
+def _check_selection(place: str, patterns: list[str], matched: dict[str, list[str]]) -> None:
+    """Raise ModelError unless some linear is matched by no pattern, and every pattern matches some linear."""
+    if not matched:
+        raise ModelError(f"{place}: no nn.Linear to compress; use a model whose blocks are built of them")
+    used = {pattern for found in matched.values() for pattern in found}
+    if idle := [pattern for pattern in patterns if pattern not in used]:
         raise ModelError(
-            f"{type(model).__name__}: no linear to compress: {prefix} holds {excluded} nn.Linear, all of them excluded "
-            f"by {list(patterns)}. At least one is required: use a model whose blocks are built of nn.Linear, "
-            "or shorten compression.exclude."
+            f"compression.exclude: {', '.join(map(repr, idle))} matches none of the {len(matched)} nn.Linear in {place}"
+            f"; correct or remove it. The first of them is {next(iter(matched))}"
         )
-    return linears
+    if all(matched.values()):
+        raise ModelError(
+            f"compression.exclude: {patterns} matches all {len(matched)} nn.Linear in {place}; leave at least one"
+        )
 
 
 def compressible_linears(model: PreTrainedModel, exclude: Iterable[str] = ()) -> dict[str, nn.Linear]:

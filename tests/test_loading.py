@@ -164,6 +164,17 @@ def test_to_dense_is_the_same_model_without_spectrim(
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16", torch.float16])
+def test_transformers_own_dequantize_takes_a_dtype_or_its_name(
+    dtype: str | torch.dtype | None, folders: Folders
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders["llama", "pifa"])
+    model.dequantize(dtype)
+    expected = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert weight.dtype == expected and weight.shape == (96, 64)
+
+
 def test_weights_from_elsewhere_are_refused(folders: Folders) -> None:
     folder = folders["llama", "int8"]
     config, state = AutoConfig.from_pretrained(folder), load_file(folder / "model.safetensors")

@@ -76,11 +76,17 @@ def test_exclude_takes_shell_patterns_and_keeps_empty_blocks() -> None:
 
 
 def test_nothing_to_compress_names_the_model() -> None:
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM: no linear to compress.*21 nn\.Linear.*'\*'"):
+    with pytest.raises(ModelError, match=r"'\*'.* matches all 21 nn\.Linear in model.layers of LlamaForCausalLM"):
         compressible_linears(tiny.model("llama"), ["*"])
     without_linears = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=2, vocab_size=16, n_positions=8))
-    with pytest.raises(ModelError, match="GPT2LMHeadModel: no linear to compress"):
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel: no nn\.Linear to compress"):
         compressible_linears(without_linears)
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    message = r"'down_proj', 'mlp' matches none of the 21 nn\.Linear.* first of them is model.layers.0.self_attn.q_proj"
+    with pytest.raises(ModelError, match=message):
+        compressible_linears(tiny.model("llama"), ["down_proj", "*.up_proj", "mlp"])
 
 
 def test_an_encoder_and_a_decoder_are_refused() -> None:
