@@ -23,7 +23,7 @@ Arguments = ParamSpec("Arguments")
 
 INK = "#010203"
 ACCENT, QUANTIZED = "#2f7de1", "#d9822b"
-DENSE: dict[str, Any] = {"facecolor": INK, "alpha": 0.1, "linewidth": 0}
+DENSE: dict[str, Any] = {"facecolor": "#071d3a", "linewidth": 0}  # darkest: all bytes kept
 SHARES = ("#dcecf9", "#a9cdee", "#71aae0", "#3f83c9", "#1f5da3", "#0d3b73")
 DEPTHS = ("#24a89a", "#2f7de1", "#8a5cf0", "#d6539b")
 STYLE: dict[Any, Any] = {
@@ -140,6 +140,7 @@ def spectra_figure(found: Sequence[Matrix], spectra: "Mapping[str, np.ndarray]",
     panels = figure.subplots(n_rows, n_columns, sharey=True, squeeze=False)
     depth = LinearSegmentedColormap.from_list("depth", DEPTHS)
     last = max((matrix.layer for matrix in found), default=0)
+    drawn: set[int] = set()
     floor, ceiling = _range([spectra[matrix.name] for matrix in found])
     for axes, (kind, group) in zip(panels.flat, groups.items(), strict=False):
         axes.set(yscale="log", ylim=(floor, ceiling))
@@ -147,6 +148,7 @@ def spectra_figure(found: Sequence[Matrix], spectra: "Mapping[str, np.ndarray]",
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         for matrix in spread(group, MAX_DRAWN_LAYERS):
+            drawn.add(matrix.layer)
             _spectrum(axes, spectra[matrix.name], matrix, depth(matrix.layer / max(last, 1)))
         axes.set(title=kind, xlim=(0, None))
         axes.grid(axis="y")
@@ -155,7 +157,7 @@ def spectra_figure(found: Sequence[Matrix], spectra: "Mapping[str, np.ndarray]",
     for row in panels:
         row[0].set_ylabel(f"σ, {metric}")
     figure.supxlabel("component", fontsize=9)
-    _depth_legend(figure, depth, last)
+    _depth_legend(figure, depth, sorted(drawn))
     return figure
 
 
@@ -253,11 +255,11 @@ def _spectrum(axes: "Axes", sigma: "np.ndarray", matrix: Matrix, color: Any) -> 
         axes.plot([rank], [sigma[rank - 1]], "o", color=color, markersize=3.5)
 
 
-def _depth_legend(figure: "Figure", depth: Any, last: int) -> None:
+def _depth_legend(figure: "Figure", depth: Any, layers: Sequence[int]) -> None:
     from matplotlib.lines import Line2D
 
-    layers = sorted({0, last // 3, 2 * last // 3, last})
-    handles = [Line2D([], [], color=depth(layer / max(last, 1)), label=f"layer {layer}") for layer in layers]
+    last = max([1, *layers])
+    handles = [Line2D([], [], color=depth(layer / last), label=f"layer {layer}") for layer in layers]
     handles.append(Line2D([], [], color=INK, alpha=0.3, label="cut away"))
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=8)
 

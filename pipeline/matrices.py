@@ -1,4 +1,4 @@
-"""ranks.json -> one Matrix per compressible linear, in the order a reader expects them."""
+"""ranks.json and the storage format -> one Matrix per compressible linear, in the order a reader expects them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectrim.errors import DataError
-from spectrim.maths.budget import Format, dense_bytes, matrix_bytes
+from spectrim.maths.budget import Format, dense_bytes, matrix_bytes, resolve_format
 
 _PATH = re.compile(r"^.*?\.(?P<layer>\d+)\.(?P<kind>.+)$")
 _READING_ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj")
@@ -14,7 +14,7 @@ _READING_ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj"
 
 @dataclass(frozen=True)
 class Matrix:
-    """One compressible linear: its layer and type, its shape, and what the rank search gave it."""
+    """One compressible linear: its layer and type, its shape, the rank that was chosen, the format it is stored in."""
 
     name: str
     layer: int
@@ -44,8 +44,14 @@ class Matrix:
         return self.bytes / self.dense_bytes
 
 
-def read_matrices(ranks: Mapping[str, Any]) -> list[Matrix]:
-    """Every matrix of ranks.json, by type in reading order, then by layer.
+def stored_format(entry: Mapping[str, Any], format: Format) -> Format:
+    """What a matrix of ranks.json is stored in: ``format``, or dense where it was chosen or its factors cost more."""
+    dense = entry["format"] == "dense"
+    return "dense" if dense else resolve_format(format, entry["out_features"], entry["in_features"], entry["rank"])
+
+
+def read_matrices(ranks: Mapping[str, Any], format: Format) -> list[Matrix]:
+    """Every matrix of ranks.json as it is stored in ``format``, by type in reading order, then by layer.
 
     Raises:
         DataError: a name without a layer number.
@@ -58,8 +64,9 @@ def read_matrices(ranks: Mapping[str, Any]) -> list[Matrix]:
                 f"artifacts/train_ranks/ranks.json: '{name}' has no layer number; every matrix must be "
                 "named PREFIX.LAYER.TYPE; run: dvc repro -f train_ranks"
             )
-        shape = {key: entry[key] for key in ("out_features", "in_features", "rank", "format")}
-        found.append(Matrix(name=name, layer=int(match["layer"]), kind=match["kind"], **shape))
+        shape = {key: entry[key] for key in ("out_features", "in_features", "rank")}
+        place = {"name": name, "layer": int(match["layer"]), "kind": match["kind"]}
+        found.append(Matrix(**place, **shape, format=stored_format(entry, format)))
     return sorted(found, key=lambda matrix: (_place(matrix.kind), matrix.kind, matrix.layer))
 
 

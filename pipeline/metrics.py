@@ -29,7 +29,7 @@ def collect(
         baseline: the content of artifacts/baseline/baseline.json.
         perplexity: text -> ``TextPerplexity`` of the compressed model, on the texts of ``baseline``.
         tasks: task -> ``Score`` of the compressed model, on the tasks of ``baseline``.
-        running: ``speed``, ``memory``, ``parameters`` and ``process``, taken over as they are.
+        running: ``speed``, ``memory``, ``parameters``, ``machine`` and ``process``, taken over as they are.
         generation: what the compressed model wrote.
     """
     return {

@@ -9,21 +9,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.matrices import stored_format
 from spectrim.checkpoint import Matrix
 from spectrim.errors import BudgetError
-from spectrim.maths.budget import Format, matrix_bytes, resolve_format
+from spectrim.maths.budget import Format, matrix_bytes
 from spectrim.maths.lowrank import Factors
 from spectrim.saving import pack
 
 PACKED = "packed.safetensors"
 
 
-def choose(entry: Mapping[str, object], format: Format) -> Matrix:
+def choose(entry: Mapping[str, Any], format: Format) -> Matrix:
     """``format`` at the rank that was chosen, or dense where the factors would cost more."""
-    rank, out_features, in_features = (int(str(entry[name])) for name in ("rank", "out_features", "in_features"))
-    if entry["format"] == "dense" or resolve_format(format, out_features, in_features, rank) == "dense":
-        return Matrix("dense", min(out_features, in_features))
-    return Matrix(format, rank)
+    if stored_format(entry, format) == "dense":
+        return Matrix("dense", min(entry["out_features"], entry["in_features"]))
+    return Matrix(format, entry["rank"])
 
 
 def require_within(matrices: Mapping[str, Matrix], ranks: Mapping[str, Any], format: Format) -> None:

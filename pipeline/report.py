@@ -11,6 +11,7 @@ from pipeline import figures, tables
 from pipeline.matrices import Matrix, read_matrices
 from pipeline.params import Params
 from spectrim.errors import StorageError
+from spectrim.maths.budget import Format
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +49,7 @@ def render(
         refinement: columns of artifacts/update_weights/refinement.csv; empty when nothing was refined.
         spectra: matrix name -> σ (k,), float64, descending, in the metric ``params.train_ranks.whitening``.
     """
-    found = read_matrices(ranks)
+    found = read_matrices(ranks, _stored(params))
     metric, meaning = METRICS[params.train_ranks.whitening]
     energies = {matrix.name: discarded(matrix, spectra[matrix.name]) for matrix in found}
     drawn = {
@@ -154,6 +155,7 @@ def _text(
         "file_note": tables.file_note(ranks),
         "n_drawn_layers": min(figures.MAX_DRAWN_LAYERS, len({matrix.layer for matrix in found})),
         "running": tables.running_table(metrics),
+        "machine": metrics["machine"],
         "tasks": tables.tasks_table(metrics),
         "prompt": params.evaluate.prompt,
         "generation": metrics["generation"],
@@ -171,7 +173,7 @@ def _subtitle(params: Params, ranks: Mapping[str, Any]) -> str:
     )
 
 
-def _stored(params: Params) -> str:
+def _stored(params: Params) -> Format:
     return params.compression.format if params.remap.format == "same" else params.remap.format
 
 

@@ -62,7 +62,7 @@ def main(
         perplexity=measure.text_perplexities(model, texts, batch_size=settings.batch_size, desc="compressed"),
         tasks=run_tasks(model, tokenizer, tasks, limit=settings.task_limit, batch_size=settings.batch_size),
         generation=generate(model, tokenizer, settings.prompt, settings.new_tokens),
-        running={**running, "process": measure.process_peak(device)},
+        running={**running, "machine": measure.machine(device), "process": measure.process_peak(device)},
     )
     metrics.write_tables(measured, Path("reports", "evaluate"))
     write_json(Path("reports", "metrics.json"), measured)

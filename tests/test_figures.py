@@ -22,7 +22,7 @@ def spectra() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def matrices(spectra: dict[str, np.ndarray]) -> list[Matrix]:
-    return read_matrices(report_project.ranks(spectra, 0.8))
+    return read_matrices(report_project.ranks(spectra, 0.8), "float16")
 
 
 @pytest.fixture(scope="module")

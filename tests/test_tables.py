@@ -71,7 +71,7 @@ def test_changes_are_relative_to_the_old_value(new: float, old: float, shown: st
 
 def test_matrices_come_by_type_in_reading_order_and_by_layer_as_a_number(ranks: dict[str, Any]) -> None:
     shuffled = {**ranks, "matrices": dict(sorted(ranks["matrices"].items()))}
-    groups = by_kind(read_matrices(shuffled))
+    groups = by_kind(read_matrices(shuffled, "float16"))
     assert list(groups) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert all([matrix.layer for matrix in group] == list(range(12)) for group in groups.values())
 
@@ -79,20 +79,27 @@ def test_matrices_come_by_type_in_reading_order_and_by_layer_as_a_number(ranks: 
 def test_types_with_the_same_last_name_keep_their_whole_name(ranks: dict[str, Any]) -> None:
     entry = ranks["matrices"]["model.layers.0.mlp.up_proj"]
     names = ["model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.1.up_proj"]
-    groups = by_kind(read_matrices({"matrices": dict.fromkeys(names, entry)}))
+    groups = by_kind(read_matrices({"matrices": dict.fromkeys(names, entry)}, "float16"))
     assert list(groups) == ["mlp.experts.0.up_proj", "mlp.experts.1.up_proj"]
 
 
 def test_a_matrix_outside_any_layer_is_refused_by_name(ranks: dict[str, Any]) -> None:
     entry = next(iter(ranks["matrices"].values()))
     with pytest.raises(DataError, match=r"'lm_head' has no layer number"):
-        read_matrices({"matrices": {"lm_head": entry}})
+        read_matrices({"matrices": {"lm_head": entry}}, "float16")
 
 
 def test_bytes_of_all_matrices_add_up_to_those_of_the_rank_search(ranks: dict[str, Any]) -> None:
-    found = read_matrices(ranks)
+    found = read_matrices(ranks, "float16")
     assert sum(matrix.bytes for matrix in found) == ranks["bytes"]
     assert all(matrix.share == 1 if matrix.is_dense else 0 < matrix.share < 1 for matrix in found)
+
+
+def test_matrices_have_the_format_they_are_stored_in(ranks: dict[str, Any]) -> None:
+    budgeted, stored = (read_matrices(ranks, format) for format in ("float16", "int8"))
+    assert {matrix.format for matrix in stored} == {"int8", "dense"}
+    assert [matrix.is_dense for matrix in stored] == [matrix.is_dense for matrix in budgeted]
+    assert sum(matrix.bytes for matrix in stored) < 0.85 * sum(matrix.bytes for matrix in budgeted)
 
 
 def test_models_are_listed_by_size_with_the_compressed_one_emphasised(metrics: dict[str, Any]) -> None:
@@ -177,7 +184,7 @@ def test_candidates_are_ordered_by_validation_loss(ranks: dict[str, Any]) -> Non
 
 
 def test_shares_of_the_discarded_energy_add_up_to_the_whole(ranks: dict[str, Any]) -> None:
-    found = read_matrices(ranks)
+    found = read_matrices(ranks, "float16")
     table = tables.ranks_table(found, {matrix.name: 1.0 for matrix in found}, "predicted loss")
     assert [row[-1] for row in table.rows] == ["14.3 %"] * 7
     none = tables.ranks_table(found, {matrix.name: 0.0 for matrix in found}, "predicted loss")
