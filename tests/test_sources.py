@@ -112,7 +112,7 @@ def test_wheel_member(index: Path) -> None:
         assert fetched.path.read_bytes() == CONTENT
         assert fetched.path.resolve().is_relative_to(Path.cwd() / ".spectrim" / "downloads")
         assert fetched.sha256 == sha256(CONTENT)
-        assert {file.name for file in fetched.path.parent.iterdir()} == {"words.txt", "sha256.json"}
+        assert {file.name for file in fetched.path.parent.parent.rglob("*")} == {"member", "words.txt", "sha256.json"}
 
 
 def test_wheel_is_kept_and_looked_at(index: Path) -> None:
@@ -149,8 +149,8 @@ def test_wheel_that_is_damaged(index: Path) -> None:
 
 def test_hostile_members_stay_where_they_are(index: Path, tmp_path: Path) -> None:
     build_wheel(index, {"../../outside.txt": b"x", "/tmp/spectrim-outside.txt": b"x", "tinydata/other.txt": b"x"})
-    folder = fetch(SOURCE, None, "model").path.parent
-    assert {file.name for file in folder.iterdir()} == {"words.txt", "sha256.json"}
+    folder = fetch(SOURCE, None, "model").path.parent.parent
+    assert {file.name for file in folder.rglob("*")} == {"member", "words.txt", "sha256.json"}
     assert not list(tmp_path.rglob("outside.txt")) and not Path("/tmp/spectrim-outside.txt").exists()
 
 
