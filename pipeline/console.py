@@ -4,6 +4,8 @@ Exit codes: 0 done, 1 an error, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM. A stop f
 away; code that does not return within GRACE seconds is abandoned: the resume store survives a death at any moment.
 """
 
+import contextlib
+import ctypes
 import functools
 import os
 import signal
@@ -19,6 +21,7 @@ from spectrim.errors import SpectrimError
 Item = TypeVar("Item")
 
 GRACE = 3.0  # seconds to unwind after a stop
+M_ARENA_MAX = -8  # of malloc.h
 POLL = 1.0  # seconds between looks at the parent
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -50,6 +53,7 @@ def run(main: Callable[..., None]) -> NoReturn:
     import typer
 
     _quiet()
+    _one_arena()
     watch = _Watch()
 
     @functools.wraps(main)
@@ -83,6 +87,15 @@ def _quiet() -> None:
         logging.set_verbosity_error()
         if not terminal:
             logging.disable_progress_bar()
+
+
+def _one_arena() -> None:
+    """Let glibc's malloc keep one heap for all threads: what tensors free in a thread's own heap stays unused there.
+
+    A refinement's peak was 3.96 GB with a heap per thread and 3.41 GB with one.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def say(line: str) -> None:

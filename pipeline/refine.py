@@ -24,7 +24,7 @@ from pipeline.texts import load_windows
 from spectrim.capture import last_hidden
 from spectrim.evaluation import perplexity
 from spectrim.maths.lowrank import Factors
-from spectrim.refinement import Refinement, attach, checkpoint_blocks
+from spectrim.refinement import PARTS, Refinement, attach, checkpoint_blocks
 
 CURVE = "refinement.csv"
 SUMMARY = "refinement.json"
@@ -84,7 +84,7 @@ class Refine:
             student,
             attach(student, _read(self.files)),
             windows,
-            last_hidden(self.captured)[:, : settings.seq_len],
+            last_hidden(self.captured, settings.seq_len),
             steps=settings.steps,
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
@@ -129,7 +129,10 @@ class Refine:
         before = self.store.path(self._key(self.curve[-2].step))
 
         def write(folder: Path) -> None:
-            save_file(run.state(), folder / "state.safetensors")
+            for part, tensors in run.state().items():  # one by one: save_file copies what it writes
+                save_file(
+                    {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{part}.safetensors"
+                )
             if self._best() == run.step:
                 save_file(_tensors(run.factors()), folder / BEST)
             elif (before / BEST).exists():
@@ -143,7 +146,7 @@ class Refine:
         """Go on from the newest snapshot, if there is one."""
         for step in self._snapshots():
             if entry := self.store.lookup(self._key(step)):
-                run.restore(load_file(entry / "state.safetensors"), step)
+                run.restore({part: load_file(entry / f"{part}.safetensors") for part in PARTS}, step)
                 self.curve = [Point(**point) for point in read_json(entry / "curve.json")]
                 say(f"update_weights: refinement: goes on after step {step} of {self.settings.steps}")
                 return

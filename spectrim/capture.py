@@ -242,15 +242,15 @@ def inputs_of(folder: Path, index: int) -> dict[str, str]:
 
 
 def _input_statistic(folder: Path, index: int, kind: str, name: str) -> Tensor:
-    owner = inputs_of(folder, index)[name]
     with safe_open(folder / "inputs" / f"{index:03}.safetensors", framework="pt") as handle:
+        owner = json.loads(handle.metadata()["input_of"])[name]
         return handle.get_tensor(f"{kind}.{owner}")
 
 
-def last_hidden(folder: Path) -> Tensor:
-    """What leaves the last block of the dense model, (windows, seq, hidden), read from a capture folder."""
+def last_hidden(folder: Path, seq_len: int) -> Tensor:
+    """What leaves the last block of the dense model, (windows, seq_len, hidden), read from a capture folder."""
     with safe_open(folder / "inputs" / LAST_HIDDEN, framework="pt") as handle:
-        return handle.get_tensor("hidden")
+        return handle.get_slice("hidden")[:, :seq_len]
 
 
 def _on_input(name: str, observe: Any) -> Any:

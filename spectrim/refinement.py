@@ -34,6 +34,7 @@ WARMUP = 0.06  # of the steps
 FLOOR = 0.05  # of the learning rate, at the last step
 BETAS = (0.9, 0.95)
 CLIP = 1.0  # norm of the gradient over all factors
+PARTS = ("parameter", "mean", "square")  # of a run's state
 POSITIONS = 128  # whose predictions are in memory at once: a vocabulary is 100 times as wide as the hidden states
 
 
@@ -164,28 +165,29 @@ class Refinement:
         assert leaf.grad is not None
         return total, leaf.grad
 
-    def state(self) -> dict[str, Tensor]:
-        """``parameter.NAME``, and after the first step AdamW's ``mean.NAME`` and ``square.NAME``; all on the CPU.
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """PARTS -> factor's name -> tensor on the CPU: the factors, and AdamW's moments, which step 0 does not have.
 
         They are the run's own tensors where it is on the CPU: save or copy them before the next step.
         """
-        tensors = {f"parameter.{name}": value.detach() for name, value in self.parameters.items()}
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
         for name, parameter in self.parameters.items():
+            parts["parameter"][name] = parameter.detach().cpu()
             if moments := self._optimizer.state.get(parameter):
-                tensors[f"mean.{name}"], tensors[f"square.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
-        return {name: value.cpu().contiguous() for name, value in tensors.items()}
+                parts["mean"][name], parts["square"][name] = moments["exp_avg"].cpu(), moments["exp_avg_sq"].cpu()
+        return parts
 
-    def restore(self, state: Mapping[str, Tensor], step: int) -> None:
+    def restore(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Go on after ``step`` steps from what ``state`` returned then."""
         self.step = step
         for name, parameter in self.parameters.items():
             with torch.no_grad():
-                parameter.copy_(state[f"parameter.{name}"])
+                parameter.copy_(state["parameter"][name])
             if step:
                 self._optimizer.state[parameter] = {
                     "step": torch.tensor(float(step)),
-                    "exp_avg": state[f"mean.{name}"].to(parameter.device, copy=True),
-                    "exp_avg_sq": state[f"square.{name}"].to(parameter.device, copy=True),
+                    "exp_avg": state["mean"][name].to(parameter.device, copy=True),
+                    "exp_avg_sq": state["square"][name].to(parameter.device, copy=True),
                 }
 
     def factors(self) -> dict[str, Factors]:

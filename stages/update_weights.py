@@ -9,6 +9,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 from pipeline import refine, updates
@@ -23,29 +24,17 @@ from spectrim.maths import losses, lowrank, quantization, sampling, subspace, wh
 
 
 def main() -> None:
-    """Compute the factors of every block."""
-    params, store = load(), LayerStore()
+    """Compute the factors of every block, then refine them together."""
+    params, store, device = load(), LayerStore(), resolve(load().runtime.device)
     settings = params.update_weights
     require_model(artifact("prepare"))
-    model = blocks.BlockModel(artifact("prepare"), resolve(params.runtime.device), tuple(params.compression.exclude))
     ranks = {
         name: matrix["rank"]
         for name, matrix in read_json(artifact("train_ranks") / "ranks.json")["matrices"].items()
         if matrix["format"] != "dense"
     }
-    damping = (params.capture.damping, params.capture.max_damping)
-    calibration = artifact("calibrate", "calibration.parquet")
-    update = updates.Update(model, artifact("capture"), calibration, settings, damping)
-    code = code_digest(updates, blocks, capture, modules, weight_update, lowrank, subspace, whitening)
-    tasks = []
-    for index, block in enumerate(model.names):
-        wanted = {name: ranks[name] for name in model.linears[index] if name in ranks}
-        upstream = [sha256_file(file) for file in update.inputs(index)]
-        identity = (code, wanted, upstream, str(model.device), *update.identity())
-        tasks.append(LayerTask(block, key("update_weights", block, *identity), partial(update.factors, index, wanted)))
-    entries = run_layers("update_weights", tasks, params.runtime, store, ordered=settings.method == "ipca")
-    files = [entries[block] / f"{index:03}.safetensors" for index, block in enumerate(model.names)]
-    refined = _refined(params, model, files, store) if settings.refinement.steps and ranks else None
+    files = _factors(params, ranks, device, store)
+    refined = _refined(params, device, files, store) if settings.refinement.steps and ranks else None
     with fresh_folder(artifact("update_weights")) as out:
         for folder in [refined] if refined else [file.parent for file in files]:
             link_or_copy(folder, out)
@@ -61,7 +50,24 @@ def main() -> None:
         )
 
 
-def _refined(params: Params, model: blocks.BlockModel, files: list[Path], store: LayerStore) -> Path:
+def _factors(params: Params, ranks: dict[str, int], device: torch.device, store: LayerStore) -> list[Path]:
+    """The store's files of factors, one per block."""
+    settings, damping = params.update_weights, (params.capture.damping, params.capture.max_damping)
+    model = blocks.BlockModel(artifact("prepare"), device, tuple(params.compression.exclude))
+    calibration = artifact("calibrate", "calibration.parquet")
+    update = updates.Update(model, artifact("capture"), calibration, settings, damping)
+    code = code_digest(updates, blocks, capture, modules, weight_update, lowrank, subspace, whitening)
+    tasks = []
+    for index, block in enumerate(model.names):
+        wanted = {name: ranks[name] for name in model.linears[index] if name in ranks}
+        upstream = [sha256_file(file) for file in update.inputs(index)]
+        identity = (code, wanted, upstream, str(device), *update.identity())
+        tasks.append(LayerTask(block, key("update_weights", block, *identity), partial(update.factors, index, wanted)))
+    entries = run_layers("update_weights", tasks, params.runtime, store, ordered=settings.method == "ipca")
+    return [entries[block] / f"{index:03}.safetensors" for index, block in enumerate(model.names)]
+
+
+def _refined(params: Params, device: torch.device, files: list[Path], store: LayerStore) -> Path:
     """The store entry of the refined factors, as one more layer of the stage."""
     settings, seed = params.update_weights.refinement, params.compression.seed
     calibrate, prepared = artifact("calibrate"), artifact("prepare")
@@ -77,9 +83,9 @@ def _refined(params: Params, model: blocks.BlockModel, files: list[Path], store:
         [sha256_file(file) for file in files],
         settings,
         seed,
-        str(model.device),
+        str(device),
     )
-    run = refine.Refine(prepared, calibrate, artifact("capture"), model.device, files, settings, seed, store, name)
+    run = refine.Refine(prepared, calibrate, artifact("capture"), device, files, settings, seed, store, name)
     entries = run_layers("refinement", [LayerTask("refinement", name, run)], params.runtime, store, ordered=True)
     run.clear()
     return entries["refinement"]

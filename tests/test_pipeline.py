@@ -265,7 +265,7 @@ def test_a_refinement_killed_in_its_last_commit_is_not_trained_again(finished_ll
     assert "goes on after step 4 of 4" in done.stderr
     expected = contents(finished_llama.folder / "artifacts" / "update_weights")
     assert contents(project.folder / "artifacts" / "update_weights") == expected
-    assert not list((project.folder / ".spectrim" / "layers").glob("*/state.safetensors"))
+    assert not list((project.folder / ".spectrim" / "layers").glob("*/square.safetensors"))
 
 
 def test_a_killed_dvc_repro_goes_on_where_it_was(finished_llama: Project, tmp_path: Path) -> None:
