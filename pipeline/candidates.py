@@ -1,6 +1,5 @@
 """The candidates of `train_ranks`: what each method proposes, trained and measured on one copy of the model."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from pipeline.console import bar, progress, say
 from pipeline.measure import load_model
 from pipeline.rank_files import compared, read_rank_file
 from pipeline.sections import Compression, TrainRanks
-from spectrim.capture import gram_of
+from spectrim.capture import gram_of, inputs_of
 from spectrim.maths import allocation, budget
 from spectrim.maths.lowrank import Factors, closed_form, truncate
 from spectrim.modules import linears_by_block
@@ -35,8 +34,7 @@ def tied_linears(captured: Path, blocks: Mapping[str, Mapping[str, Any]]) -> lis
     """Names of the linears that read the same tensor, as `capture` saw it happen, block by block."""
     groups: dict[str, list[str]] = {}
     for index, block in enumerate(blocks.values()):
-        with safe_open(captured / "inputs" / f"{index:03}.safetensors", framework="pt") as handle:
-            input_of = json.loads(handle.metadata()["input_of"])
+        input_of = inputs_of(captured, index)
         for name in block:
             groups.setdefault(input_of[name], []).append(name)
     return list(groups.values())

@@ -95,7 +95,7 @@ def load(path: str | Path = FILE) -> Params:
                 refused.add(where)
                 problems.append(f"{where}: {_complaint(item)}")
     accepted = {
-        key: value for key, value in _leaves(raw) if not any(key == bad or key.startswith(f"{bad}.") for bad in refused)
+        key: value for key, value in leaves(raw) if not any(key == bad or key.startswith(f"{bad}.") for bad in refused)
     }
     problems += _contradictions(accepted, sections.get("data"))
     if problems:
@@ -120,11 +120,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return raw
 
 
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key -> value of everything that is no mapping."""
     for key, value in node.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

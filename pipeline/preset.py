@@ -9,7 +9,7 @@ Every file in presets/ sets the same keys, so that one preset after another leav
 import io
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.artifacts import write_text
 from pipeline.console import run
-from pipeline.params import load, read_yaml
+from pipeline.params import leaves, load, read_yaml
 from spectrim.errors import ConfigError
 
 PRESETS = Path("presets")
@@ -56,7 +56,7 @@ def read(name: str) -> dict[str, Any]:
     if name not in available:
         known = ", ".join(available) or f"none: {PRESETS}/ is not here; run from the project's folder"
         raise ConfigError([f"{file}: no such preset; available: {known}"])
-    return dict(_flat(read_yaml(file)))
+    return dict(leaves(read_yaml(file)))
 
 
 def applied(name: str, values: Mapping[str, Any]) -> tuple[str, dict[str, tuple[Any, Any]]]:
@@ -123,14 +123,6 @@ def _set(node: Any, key: str, value: Any) -> None:
     node[key] = value
     if comment := (node.ca.items.get(key) or [None] * 3)[2]:
         comment.column = 0
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _shown(value: Any) -> str:
