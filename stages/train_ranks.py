@@ -49,9 +49,13 @@ def main() -> None:
 
 
 def write_curve(path: Path, curve: list[Step]) -> None:
-    """One line per training step, without the columns that no step has; the header alone when nothing was trained."""
+    """One line per training step, without the columns that no step has; the header alone when nothing was trained.
+
+    Nor with the seconds it took: equal inputs are to be equal bytes.
+    """
     rows = [asdict(step) for step in curve]
     columns = [field.name for field in fields(Step) if not rows or rows[0][field.name] is not None]
+    columns.remove("seconds")
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()

@@ -112,7 +112,7 @@ def write(root: Path, *, n_blocks: int = 30, chosen: str = "gates", trained: boo
     _json(root / "reports/metrics.json", metrics(n_blocks) | changes)
     _json(root / "artifacts/train_ranks/ranks.json", ranks(sigmas, 0.8, chosen))
     with (root / "artifacts/train_ranks/curve.csv").open("w", newline="") as stream:
-        csv.writer(stream).writerows([("step", "cross_entropy", "width", "seconds"), *_curve(trained)])
+        csv.writer(stream).writerows([("step", "cross_entropy", "width"), *_curve(trained)])
     with (root / "artifacts/update_weights/refinement.csv").open("w", newline="") as stream:
         points = [(0, None, 3.6581), (16, 0.31, 3.5102), (32, 0.27, 3.5217)] if trained else []
         csv.writer(stream).writerows([("step", "loss", "validation_loss"), *points])
@@ -151,7 +151,7 @@ def _curve(trained: bool) -> list[tuple[float, ...]]:
     noise = np.random.default_rng(1)
     steps = range(40 if trained else 0)
     loss = [3.2 + 1.4 * np.exp(-step / 9) + 0.25 * noise.standard_normal() for step in steps]
-    return [(step, x, 0.002 + 0.048 * (1 - step / 39), 3.1 * (step + 1)) for step, x in enumerate(loss)]
+    return [(step, x, 0.002 + 0.048 * (1 - step / 39)) for step, x in enumerate(loss)]
 
 
 def _json(path: Path, value: Any) -> None:

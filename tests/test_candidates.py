@@ -107,12 +107,16 @@ def test_the_curve_holds_the_divergence_where_it_was_minimised(
 ) -> None:
     project = captured_llama.copy(tmp_path / "llama")
     header = {}
+    file = project.folder / "artifacts" / "train_ranks" / "curve.csv"
     for objective in ("cross_entropy", "kl"):
         stage_ranks(project, train_ranks__method=method, train_ranks__objective=objective)
-        curve = (project.folder / "artifacts" / "train_ranks" / "curve.csv").read_text(encoding="utf-8").splitlines()
+        curve = file.read_text(encoding="utf-8").splitlines()
         header[objective] = curve[0]
         assert len(curve) == 1 + 3 and all("," in line and ",," not in line for line in curve)
     assert header == {
-        "cross_entropy": "step,cross_entropy,width,seconds",
-        "kl": "step,cross_entropy,divergence,width,seconds",
+        "cross_entropy": "step,cross_entropy,width",
+        "kl": "step,cross_entropy,divergence,width",
     }
+    first = file.read_bytes()
+    stage_ranks(project)
+    assert file.read_bytes() == first

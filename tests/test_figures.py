@@ -28,7 +28,7 @@ def matrices(spectra: dict[str, np.ndarray]) -> list[Matrix]:
 @pytest.fixture(scope="module")
 def drawn(spectra: dict[str, np.ndarray], matrices: list[Matrix]) -> dict[str, str]:
     steps = np.arange(20.0)
-    curve = {"step": steps, "cross_entropy": 4 - steps / 10, "width": 0.05 - steps / 500, "seconds": steps}
+    curve = {"step": steps, "cross_entropy": 4 - steps / 10, "width": 0.05 - steps / 500}
     metrics = report_project.metrics(BLOCKS)
     return {
         "ranks": figures.ranks_figure(matrices),
@@ -131,7 +131,7 @@ def test_degenerate_spectra_are_drawn(sigma: np.ndarray, rank: int, format: str)
 
 
 def test_one_training_step_is_drawn() -> None:
-    one = {name: np.array([1.0]) for name in ("step", "cross_entropy", "width", "seconds")}
+    one = {name: np.array([1.0]) for name in ("step", "cross_entropy", "width")}
     assert "Width of the gates" in texts(figures.training_figure(one, 0.8))
 
 
