@@ -106,7 +106,7 @@ class Refinement:
         }
         self._blocks = decoder_blocks(model)[1]
         self._optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=learning_rate, betas=BETAS, weight_decay=0.0, foreach=False
+            self.parameters.values(), lr=learning_rate, betas=BETAS, weight_decay=0.0, fused=True
         )
         self._peak = learning_rate
         self._order = in_rounds(len(windows), steps * batch_size, seed)
@@ -185,7 +185,7 @@ class Refinement:
                 parameter.copy_(state["parameter"][name])
             if step:
                 self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step)),
+                    "step": torch.tensor(float(step), device=parameter.device),
                     "exp_avg": state["mean"][name].to(parameter.device, copy=True),
                     "exp_avg_sq": state["square"][name].to(parameter.device, copy=True),
                 }
