@@ -6,7 +6,7 @@ after the blocks is reached without knowing the architecture: the model's own fo
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,21 @@ class BlockModel:
                     value = handle.get_tensor(name)
                     dtype = self.dtype if value.is_floating_point() else None
                     set_module_tensor_to_device(self.model, name, self.device, value, dtype=dtype)
+
+
+@contextmanager
+def observed(linears: Mapping[str, nn.Module], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Let ``observe(name, x)`` see what every linear is given for the length of the ``with``."""
+
+    def hook(name: str) -> Any:
+        return lambda module, args: observe(name, args[0])
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ states are in memory.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from scipy.linalg.blas import ssyrk
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from spectrim.blocks import BlockModel
+from spectrim.blocks import BlockModel, observed
 from spectrim.errors import NumericalError
 from spectrim.maths.lowrank import spectrum, two_sided
 from spectrim.maths.whitening import Whitener, sqrt_and_inverse
@@ -108,10 +108,7 @@ def input_statistics(
         owners[name] = owner or name
 
     output = torch.empty_like(hidden)
-    with (
-        model.resident(index),
-        _hooked(model.linears[index], lambda n, m: m.register_forward_pre_hook(_on_input(n, observe))),
-    ):
+    with model.resident(index), observed(model.linears[index], observe):
         for part in batches(len(hidden), batch_size):
             seen.clear()
             result = model.run(index, hidden[part].to(model.device))
@@ -166,14 +163,8 @@ def gradient_statistics(
             raise NumericalError(_non_finite(name, g, part, "output gradient"))
         sums[name] = sums[name].add_(block) if name in sums else block.double()
 
-    def on_output(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            output.register_hook(lambda g: accumulate(name, g))
-
-        return hook
-
     below = torch.empty_like(hidden)
-    with model.resident(index), _hooked(model.linears[index], lambda n, m: m.register_forward_hook(on_output(n))):
+    with model.resident(index), _observed_gradients(model.linears[index], accumulate):
         for part in batches(len(hidden), batch_size):
             leaf = hidden[part].to(model.device).requires_grad_()
             output = model.run(index, leaf)
@@ -253,16 +244,17 @@ def last_hidden(folder: Path, seq_len: int) -> Tensor:
         return handle.get_slice("hidden")[:, :seq_len]
 
 
-def _on_input(name: str, observe: Any) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        observe(name, args[0])
-
-    return hook
-
-
 @contextmanager
-def _hooked(linears: Mapping[str, nn.Linear], register: Any) -> Iterator[None]:
-    handles = [register(name, module) for name, module in linears.items()]
+def _observed_gradients(linears: Mapping[str, nn.Linear], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Let ``observe(name, g)`` see the gradient of every linear's output for the length of the ``with``."""
+
+    def hook(name: str) -> Any:
+        def register(module: nn.Module, args: Any, output: Tensor) -> None:
+            output.register_hook(lambda g: observe(name, g))
+
+        return register
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in linears.items()]
     try:
         yield
     finally:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spectrim.blocks import BlockModel
+from spectrim.blocks import BlockModel, observed
 from spectrim.errors import NumericalError
 from spectrim.maths.lowrank import (
     Decomposition,
@@ -120,25 +120,17 @@ def ipca_factors(
             bases[name] = torch.linalg.qr(weights[name]) if weight.shape[0] > weight.shape[1] else None
             pools[name] = kind(weight.shape[0], ranks[name])
 
-    def on_input(name: str):  # type: ignore[no-untyped-def]
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1]).double()
-            if (basis := bases[name]) is None:
-                vectors = top_right_singular_vectors(x @ weights[name].T, ranks[name])
-            else:
-                vectors = basis[0] @ top_right_singular_vectors(x @ basis[1].T, ranks[name])
-            pools[name].add(vectors)
+    def add(name: str, activation: Tensor) -> None:
+        x = activation.reshape(-1, activation.shape[-1]).double()
+        if (basis := bases[name]) is None:
+            vectors = top_right_singular_vectors(x @ weights[name].T, ranks[name])
+        else:
+            vectors = basis[0] @ top_right_singular_vectors(x @ basis[1].T, ranks[name])
+        pools[name].add(vectors)
 
-        return hook
-
-    handles = [model.linears[index][name].register_forward_pre_hook(on_input(name)) for name in ranks]
-    try:
-        with model.resident(index):
-            for window in hidden:
-                model.run(index, window[None].to(model.device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with model.resident(index), observed({name: model.linears[index][name] for name in ranks}, add):
+        for window in hidden:
+            model.run(index, window[None].to(model.device))
     return {name: ipca_update(weights[name], pools[name].basis()) for name in ranks}
 
 
