@@ -53,7 +53,7 @@ def run(main: Callable[..., None]) -> NoReturn:
     import typer
 
     _quiet()
-    _memory()
+    _one_arena()
     watch = _Watch()
 
     @functools.wraps(main)
@@ -89,13 +89,11 @@ def _quiet() -> None:
             logging.disable_progress_bar()
 
 
-def _memory() -> None:
-    """Let glibc's malloc keep one heap for all threads, and torch ask for huge pages; where the system has them.
+def _one_arena() -> None:
+    """Let glibc's malloc keep one heap for all threads: what tensors free in a thread's own heap stays unused there.
 
-    What tensors free in a thread's own heap stays unused there: a refinement's peak was 3.96 GB with a heap per thread
-    and 3.41 GB with one. And a new tensor costs a fault per page: 128 MB were there in 31 ms instead of 86.
+    A refinement's peak was 3.96 GB with a heap per thread and 3.41 GB with one.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch makes its first large tensor
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
