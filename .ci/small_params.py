@@ -14,6 +14,7 @@ SMALL = {
     "capture": {"gradient_windows": 4, "gradient_seq_len": 64},
     "train_ranks": {"steps": 4, "seq_len": 64},
     "update_weights": {"ipca_windows": 4},
+    "update_weights.anchor": {"windows": 4},
     "update_weights.refinement": {"steps": 2, "seq_len": 64, "validate_every": 1},
     "evaluate": {"new_tokens": 8, "speed_prefill_tokens": 64, "speed_decode_tokens": 4, "speed_repeats": 1},
 }

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.factor_files import read_factors
 from pipeline.matrices import stored_format
 from spectrim.checkpoint import Matrix
 from spectrim.errors import BudgetError
 from spectrim.maths.budget import Format, matrix_bytes
-from spectrim.maths.lowrank import Factors
 from spectrim.saving import pack
 
 PACKED = "packed.safetensors"
@@ -41,10 +41,9 @@ def require_within(matrices: Mapping[str, Matrix], ranks: Mapping[str, Any], for
 
 def pack_block(file: Path, matrices: Mapping[str, Matrix], half: torch.dtype, folder: Path) -> None:
     """Write the packed tensors of the block whose factors are in ``file``."""
-    stored, packed = load_file(file), {}
-    for name in sorted({tensor_name.rpartition(".")[0] for tensor_name in stored}):
+    packed = {}
+    for name, factors in sorted(read_factors(file).items()):
         if matrices[name].format != "dense":
-            factors = Factors(stored[f"{name}.left"], stored[f"{name}.right"])
             tensors = pack(factors, matrices[name].format, half)
             packed.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
     save_file(packed, folder / PACKED)

@@ -7,7 +7,7 @@ put into the store. The best factors seen are the result; the ones it began with
 import csv
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from pipeline.artifacts import read_json, write_json
 from pipeline.console import bar, say
+from pipeline.factor_files import read_factors, write_factors
 from pipeline.measure import load_model
 from pipeline.sections import Refinement as Settings
 from pipeline.store import LayerStore, key
 from pipeline.texts import load_windows
 from spectrim.capture import last_hidden
 from spectrim.evaluation import perplexity
-from spectrim.maths.lowrank import Factors
 from spectrim.refinement import PARTS, Refinement, attach, checkpoint_blocks
 
 CURVE = "refinement.csv"
@@ -82,7 +82,7 @@ class Refine:
             checkpoint_blocks(student)
         run = Refinement(
             student,
-            attach(student, _read(self.files)),
+            attach(student, {name: pair for file in self.files for name, pair in read_factors(file).items()}),
             windows,
             last_hidden(self.captured, settings.seq_len),
             steps=settings.steps,
@@ -134,7 +134,7 @@ class Refine:
                     {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{part}.safetensors"
                 )
             if self._best() == run.step:
-                save_file(_tensors(run.factors()), folder / BEST)
+                write_factors(folder / BEST, run.factors())
             elif (before / BEST).exists():
                 shutil.copyfile(before / BEST, folder / BEST)
             write_json(folder / "curve.json", [asdict(point) for point in self.curve])
@@ -153,10 +153,10 @@ class Refine:
 
     def _write(self, folder: Path) -> None:
         kept = self._best()
-        best = load_file(self.store.path(self._key(self.curve[-1].step)) / BEST) if kept else None
+        best = read_factors(self.store.path(self._key(self.curve[-1].step)) / BEST) if kept else None
         for file in self.files:
-            began = load_file(file)
-            save_file({name: best[name] for name in began} if best else began, folder / file.name)
+            began = read_factors(file)
+            write_factors(folder / file.name, {name: best[name] for name in began} if best else began)
         write_curve(folder / CURVE, self.curve)
         losses = [point.validation_loss for point in self.curve]
         write_json(folder / SUMMARY, {"steps": kept, "before": losses[0], "after": min(losses)})
@@ -176,17 +176,3 @@ def write_curve(path: Path, curve: Sequence[Point]) -> None:
         writer = csv.DictWriter(file, list(Point.__dataclass_fields__))
         writer.writeheader()
         writer.writerows(asdict(point) for point in curve)
-
-
-def _read(files: Sequence[Path]) -> dict[str, Factors]:
-    return {name: pair for file in files for name, pair in _factors(load_file(file)).items()}
-
-
-def _factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
-    names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
-    return {name: Factors(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in names}
-
-
-def _tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    sides = {f"{name}.{side}": tensor for name, pair in factors.items() for side, tensor in pair._asdict().items()}
-    return {name: tensor.contiguous() for name, tensor in sides.items()}

@@ -171,10 +171,25 @@ class Refinement:
 
 @with_config(STRICT)
 @dataclass(frozen=True)
+class Anchor:
+    """Inputs from behind the compressed blocks, measured on ``windows`` calibration windows.
+
+    ``alpha``: share of the original outputs in the targets; 0: not anchored. ``damping``: pull towards the original
+    weight, relative to the mean diagonal of the inputs' Gram.
+    """
+
+    alpha: Annotated[float, Field(ge=0, le=1)]
+    windows: AtLeast1
+    damping: Positive
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
 class UpdateWeights:
     """The metric whose optimum the factors are, or Dobi-SVD's IPCA over ``ipca_windows`` calibration windows."""
 
     method: Literal["two_sided", "closed_form", "svd", "asvd", "svd_llm", "svd_llm_v2", "ipca"]
+    anchor: Anchor
     ipca: Literal["incremental", "exact"]
     ipca_windows: AtLeast1
     refinement: Refinement

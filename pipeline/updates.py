@@ -1,20 +1,22 @@
 """One block of `update_weights`: the factors by the chosen method, and how far they are from the original output."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.artifacts import artifact, read_json
+from pipeline.factor_files import write_factors
+from pipeline.prefix_walk import Prefix
 from pipeline.sections import UpdateWeights
 from pipeline.texts import load_windows
 from spectrim import weight_update
 from spectrim.blocks import BlockModel
-from spectrim.capture import abs_mean_of, batches, forward_block, gram_of, inputs_of
+from spectrim.capture import abs_mean_of, batches, forward_block, gradient_gram_of, gram_of, inputs_of
+from spectrim.maths.anchoring import anchored
 from spectrim.maths.lowrank import Factors
 
 Ranks = Mapping[str, int]
@@ -23,11 +25,12 @@ SVD_LLM: dict[str, Literal["cholesky", "two_svds"]] = {"svd_llm": "cholesky", "s
 
 
 class Update:
-    """Computes and writes the factors of one block per call; `ipca` walks the blocks in order.
+    """Computes and writes the factors of one block per call; where ``in_order``, block after block.
 
     Args:
-        captured: the folder of `capture`; ``calibration``: the file of calibration windows, read by `ipca` only.
-        damping: first and largest relative damping of a Gram, for `svd_llm` and `svd_llm_v2`.
+        captured: the folder of `capture`; ``calibration``: the file of calibration windows, read where ``in_order``.
+        damping: first and largest relative damping of a Gram, where one is decomposed.
+        stored: index of a block -> the file that its factors were written to, for anchoring.
     """
 
     def __init__(
@@ -37,25 +40,33 @@ class Update:
         calibration: Path,
         settings: UpdateWeights,
         damping: tuple[float, float],
+        stored: Callable[[int], Path],
     ) -> None:
         self.model, self.captured, self.calibration = model, captured, calibration
-        self.settings, self.damping = settings, damping
+        self.settings, self.damping, self.stored = settings, damping, stored
+        self.anchored = settings.anchor.alpha > 0
+        self.in_order = self.anchored or settings.method == "ipca"
         self._hidden: tuple[int, Tensor] | None = None
+        self._prefix: Prefix | None = None
 
     def inputs(self, index: int) -> list[Path]:
         """The captured files that block ``index`` depends on."""
-        folders = ("inputs", "factors") if self.settings.method == "two_sided" else ("inputs",)
+        folders = ["inputs"]
+        if self.settings.method == "two_sided":
+            folders.append("gradients" if self.anchored else "factors")
         return [self.captured / folder / f"{index:03}.safetensors" for folder in folders]
 
     def identity(self) -> list[Any]:
         """What else the factors depend on."""
-        identity = [read_json(artifact("prepare") / "prepare.json")["model_sha256"], self.settings.method]
-        if self.settings.method in SVD_LLM:
-            return [*identity, *self.damping]
-        if self.settings.method == "ipca":
-            tokens = read_json(artifact("calibrate") / "calibrate.json")["calibration"]["tokens_sha256"]
-            return [*identity, tokens, self.settings.ipca, self.settings.ipca_windows]
-        return identity
+        settings = self.settings
+        identity = [read_json(artifact("prepare") / "prepare.json")["model_sha256"], settings.method]
+        if settings.method in SVD_LLM or (settings.method == "two_sided" and self.anchored):
+            identity += self.damping
+        if self.in_order:
+            identity.append(read_json(artifact("calibrate") / "calibrate.json")["calibration"]["tokens_sha256"])
+        if settings.method == "ipca":
+            identity += [settings.ipca, settings.ipca_windows]
+        return [*identity, settings.anchor] if self.anchored else identity
 
     def factors(self, index: int, ranks: Ranks, folder: Path) -> None:
         """Write LINEAR.left and LINEAR.right, float32, of block ``index``.
@@ -65,19 +76,15 @@ class Update:
         weights, input_of = self.model.weights(index), inputs_of(self.captured, index)
         owners = sorted({input_of[name] for name in ranks})
         grams = {owner: gram_of(self.captured, index, owner).to(self.model.device) for owner in owners}
-        made, damping = self._make(index, weights, grams, input_of, ranks)
-        tensors = {}
-        for name, pair in made.items():
-            tensors[f"{name}.left"] = pair.left.float().cpu().contiguous()
-            tensors[f"{name}.right"] = pair.right.float().cpu().contiguous()
+        targets = (weights, grams)
+        if self.anchored:
+            targets = self._behind(index, weights, input_of)
+        made, damping = self._make(index, *targets, input_of, ranks)
         errors = {
             name: weight_update.relative_error(weights[name], pair, grams[input_of[name]])
             for name, pair in made.items()
         }
-        facts = {"relative_error": errors, "damping": damping}
-        # one key: safetensors writes several in a random order, and equal layers are to be equal bytes
-        metadata = {"facts": json.dumps(facts, sort_keys=True)}
-        save_file(tensors, folder / f"{index:03}.safetensors", metadata=metadata)
+        write_factors(folder / f"{index:03}.safetensors", made, {"relative_error": errors, "damping": damping})
 
     def _make(
         self,
@@ -103,14 +110,35 @@ class Update:
         if method == "ipca":
             exact = self.settings.ipca == "exact"
             return weight_update.ipca_factors(self.model, index, self._entering(index), ranks, exact=exact), {}
-        return self._two_sided(index, ranks)
+        if self.anchored:
+            first, largest = self.damping
+            own = {name: grams[input_of[name]] for name in ranks}
+            gradient_grams = {name: gradient_gram_of(self.captured, index, name).to(device) for name in ranks}
+            return weight_update.two_sided_factors(
+                weights, own, gradient_grams, ranks, damping=first, max_damping=largest
+            )
+        return self._captured(index, ranks)
 
-    def _two_sided(self, index: int, ranks: Ranks) -> Made:
+    def _captured(self, index: int, ranks: Ranks) -> Made:
         """The captured factors, cut; their damping is that of the side which `capture` decomposed."""
         stored = load_file(self.captured / "factors" / f"{index:03}.safetensors", device=str(self.model.device))
         full = {name: Factors(stored[f"left.{name}"], stored[f"right.{name}"]) for name in ranks}
         damping = {name: float(stored[f"damping.{name}"]) for name in ranks}
         return weight_update.truncated_factors(full, ranks), damping
+
+    def _behind(
+        self, index: int, weights: Mapping[str, Tensor], input_of: Mapping[str, str]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weights to factorise behind the compressed blocks, and the Grams of the inputs there."""
+        anchor = self.settings.anchor
+        if self._prefix is None:
+            self._prefix = Prefix(self.model, load_windows(self.calibration)[: anchor.windows], self.stored)
+        moments = self._prefix.moments(index, input_of)
+        targets = {
+            name: anchored(weight, *moments[input_of[name]], anchor.alpha, anchor.damping)
+            for name, weight in weights.items()
+        }
+        return targets, {owner: found.gram for owner, found in moments.items()}
 
     def _entering(self, index: int) -> Tensor:
         """Hidden states of the original model before block ``index``; only ever walks forward."""

@@ -221,6 +221,12 @@ def gram_of(folder: Path, index: int, name: str) -> Tensor:
     return unpack_symmetric(_input_statistic(folder, index, "gram", name))
 
 
+def gradient_gram_of(folder: Path, index: int, name: str) -> Tensor:
+    """The output-gradient Gram (out, out) float64 of linear ``name`` of block ``index``, read from a capture folder."""
+    with safe_open(folder / "gradients" / f"{index:03}.safetensors", framework="pt") as handle:
+        return unpack_symmetric(handle.get_tensor(f"gradient_gram.{name}"))
+
+
 def abs_mean_of(folder: Path, index: int, name: str) -> Tensor:
     """The mean over tokens of |x|, (in,) float64, of linear ``name`` of block ``index``, read from a capture folder."""
     return _input_statistic(folder, index, "abs_mean", name)

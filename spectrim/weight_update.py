@@ -18,9 +18,10 @@ from spectrim.maths.lowrank import (
     svd_llm_cholesky,
     svd_llm_v2,
     truncate,
+    two_sided,
 )
 from spectrim.maths.subspace import IncrementalPCA, MeanProjector, ipca_update, top_right_singular_vectors
-from spectrim.maths.whitening import cholesky, eigen_whitener
+from spectrim.maths.whitening import cholesky, eigen_whitener, sqrt_and_inverse
 
 
 def svd_factors(weights: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Factors]:
@@ -91,6 +92,33 @@ def svd_llm_factors(
 
     factors = _each(ranks, decompose)
     return factors, {name: used[input_of[name]] for name in ranks}
+
+
+def two_sided_factors(
+    weights: Mapping[str, Tensor],
+    grams: Mapping[str, Tensor],
+    gradient_grams: Mapping[str, Tensor],
+    ranks: Mapping[str, int],
+    *,
+    damping: float,
+    max_damping: float,
+) -> tuple[dict[str, Factors], dict[str, float]]:
+    """Per linear the factors that minimise ‖D^½ (W − W') G^½‖ over rank r (DESIGN 5.2), and the damping used.
+
+    Args:
+        weights, grams, gradient_grams: linear name -> W (out, in), G = XᵀX (in, in), D = Σ g gᵀ (out, out).
+        damping, max_damping: first and largest relative damping tried.
+    """
+    used: dict[str, float] = {}
+
+    def decompose(name: str) -> Decomposition:
+        weight, gram, gradient_gram = weights[name], grams[name], gradient_grams[name]
+        side, smaller = ("gram_root", gram) if weight.shape[0] > weight.shape[1] else ("gradient_root", gradient_gram)
+        root = sqrt_and_inverse(smaller, damping, max_damping)
+        used[name] = root.damping
+        return two_sided(weight, gram, gradient_gram, damping, max_damping, **{side: root})
+
+    return _each(ranks, decompose), used
 
 
 def truncated_factors(factors: Mapping[str, Factors], ranks: Mapping[str, int]) -> dict[str, Factors]:

@@ -7,7 +7,7 @@ params  remap
 
 from functools import partial
 
-from pipeline import packing
+from pipeline import factor_files, packing
 from pipeline.artifacts import artifact, fresh_folder, provenance, read_json, require_model, sha256_file
 from pipeline.console import run
 from pipeline.layers import LayerTask, run_layers
@@ -29,7 +29,7 @@ def main() -> None:
     listed = {name: list(matrix) for name, matrix in matrices.items()}
     files = sorted(artifact("update_weights").glob("*.safetensors"))
     factors = {file.stem: sha256_file(file) for file in files}
-    code = code_digest(packing, saving, lowrank_linear, budget, pivoting, quantization)
+    code = code_digest(packing, factor_files, saving, lowrank_linear, budget, pivoting, quantization)
     tasks = [
         LayerTask(
             f"block {file.stem}",

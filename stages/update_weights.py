@@ -5,22 +5,23 @@ writes  artifacts/update_weights: one file of factors per block, refinement.csv,
 params  update_weights, compression.{exclude,seed}, capture.{damping,max_damping}
 """
 
-import json
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from pipeline import refine, updates
+from pipeline import factor_files, prefix_walk, refine, updates
 from pipeline.artifacts import artifact, fresh_folder, read_json, require_model, sha256_file, write_json
 from pipeline.console import run
 from pipeline.devices import resolve
+from pipeline.factor_files import read_facts
 from pipeline.layers import LayerTask, run_layers
 from pipeline.params import Params, load
 from pipeline.store import LayerStore, code_digest, key, link_or_copy
-from spectrim import blocks, capture, evaluation, lowrank_linear, modules, refinement, weight_update
-from spectrim.maths import losses, lowrank, quantization, sampling, subspace, whitening
+from spectrim import blocks, capture, evaluation, lowrank_linear, modules, prefix, refinement, weight_update
+from spectrim.maths import anchoring, losses, lowrank, quantization, sampling, subspace, whitening
+
+MATHS = (anchoring, lowrank, subspace, whitening)  # of the closed forms
 
 
 def main() -> None:
@@ -55,16 +56,21 @@ def _factors(params: Params, ranks: dict[str, int], device: torch.device, store:
     settings, damping = params.update_weights, (params.capture.damping, params.capture.max_damping)
     model = blocks.BlockModel(artifact("prepare"), device, tuple(params.compression.exclude))
     calibration = artifact("calibrate", "calibration.parquet")
-    update = updates.Update(model, artifact("capture"), calibration, settings, damping)
-    code = code_digest(updates, blocks, capture, modules, weight_update, lowrank, subspace, whitening)
-    tasks = []
+    tasks: list[LayerTask] = []
+
+    def stored(index: int) -> Path:
+        return store.path(tasks[index].key) / f"{index:03}.safetensors"
+
+    update = updates.Update(model, artifact("capture"), calibration, settings, damping, stored)
+    code = code_digest(updates, prefix_walk, factor_files, blocks, capture, modules, prefix, weight_update, *MATHS)
     for index, block in enumerate(model.names):
         wanted = {name: ranks[name] for name in model.linears[index] if name in ranks}
         upstream = [sha256_file(file) for file in update.inputs(index)]
-        identity = (code, wanted, upstream, str(device), *update.identity())
+        before = tasks[-1].key if update.anchored and tasks else ""  # the blocks before it decide its inputs
+        identity = (code, wanted, upstream, str(device), before, *update.identity())
         tasks.append(LayerTask(block, key("update_weights", block, *identity), partial(update.factors, index, wanted)))
-    entries = run_layers("update_weights", tasks, params.runtime, store, ordered=settings.method == "ipca")
-    return [entries[block] / f"{index:03}.safetensors" for index, block in enumerate(model.names)]
+    run_layers("update_weights", tasks, params.runtime, store, ordered=update.in_order)
+    return [stored(index) for index in range(len(tasks))]
 
 
 def _refined(params: Params, device: torch.device, files: list[Path], store: LayerStore) -> Path:
@@ -94,10 +100,9 @@ def _refined(params: Params, device: torch.device, files: list[Path], store: Lay
 def _facts(files: list[Path]) -> dict[str, dict[str, float]]:
     """Relative output error and damping of every linear before refinement, from the files' metadata."""
     facts: dict[str, dict[str, float]] = {"relative_error": {}, "damping": {}}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for fact, values in json.loads(file.metadata()["facts"]).items():
-                facts[fact] |= values
+    for file in files:
+        for fact, values in read_facts(file).items():
+            facts[fact] |= values
     return facts
 
 

@@ -187,3 +187,11 @@ def unpivot(rows: Tensor, coefficients: Tensor, order: Tensor) -> Factors:
     identity = [torch.eye(len(rows), dtype=rows.dtype)[at] for at in range(len(rows))]
     everything = [*identity, *coefficients]
     return Factors(torch.stack([everything[int(at)] for at in order]), rows)
+
+
+def anchored(weight: Tensor, x: Tensor, behind: Tensor, alpha: float, damping: float) -> Tensor:
+    """argmin_M ‖α X Wᵀ + (1 − α) X' Wᵀ − X' Mᵀ‖² + δ ‖M − W‖², by least squares on stacked rows; δ relative."""
+    shift = damping * float((behind**2).sum()) / behind.shape[1]
+    rows = torch.cat([behind, math.sqrt(shift) * torch.eye(behind.shape[1], dtype=torch.float64)])
+    targets = torch.cat([alpha * x @ weight.T + (1 - alpha) * behind @ weight.T, math.sqrt(shift) * weight.T])
+    return torch.linalg.lstsq(rows, targets).solution.T

@@ -17,6 +17,7 @@ from tests.tiny import REPOSITORY, process_environment
 
 Problems = Callable[..., list[str]]
 
+ANCHOR = {"alpha": 0.0, "windows": 16, "damping": 1e-2}
 REFINEMENT = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))["update_weights"]["refinement"]
 
 # section.key -> values that must be refused
@@ -58,6 +59,13 @@ REFUSED: dict[str, list[Any]] = {
     "train_ranks.taylor_terms": [0],
     "train_ranks.taylor_threshold": [0, 1, 1.5],
     "update_weights.method": ["gates", ""],
+    "update_weights.anchor": [
+        {**ANCHOR, key: value}
+        for key, value in (
+            *(("alpha", -0.1), ("alpha", 1.5), ("windows", 0), ("windows", 10**6)),
+            *(("damping", 0), ("gamma", 1.0)),
+        )
+    ],
     "update_weights.ipca": ["batch"],
     "update_weights.ipca_windows": [0, 10**6],
     "update_weights.refinement": [
@@ -177,6 +185,7 @@ def test_values_that_contradict_each_other_are_reported_together(content: dict[s
         "capture.gradient_windows",
         "capture.gradient_seq_len",
         "train_ranks.seq_len",
+        "update_weights.anchor.windows",
         "update_weights.ipca_windows",
         "update_weights.refinement.seq_len",
     }
@@ -211,6 +220,17 @@ def test_a_split_that_no_text_has_is_reported(split: str, content: dict[str, Any
     for text in content["data"].values():
         del text["splits"][split]
     assert problems(content) == [f"data: no text has a {split} split; give one a share of its documents"]
+
+
+@pytest.mark.parametrize("method", ["svd", "asvd", "ipca"])
+def test_only_what_uses_the_inputs_gram_can_be_anchored(
+    method: str, content: dict[str, Any], problems: Problems
+) -> None:
+    content["update_weights"]["anchor"]["alpha"] = 0.5
+    content["update_weights"]["method"] = method
+    assert problems(content) == [
+        f"update_weights.anchor.alpha: 0.5 with method {method}, which has no use for the inputs' Gram; set it to 0"
+    ]
 
 
 @pytest.mark.parametrize("text", ["compression: [", "- a list", "", "\tx: 1", "model: {}\nmodel: {}"])

@@ -1,6 +1,7 @@
 """The update of a block on a captured tiny model: every method writes what it says, and reads no more than it needs."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -9,7 +10,9 @@ import torch
 from safetensors import safe_open
 
 from pipeline.params import load
-from pipeline.sections import UpdateWeights
+from pipeline.prefix_walk import Prefix
+from pipeline.sections import Anchor, UpdateWeights
+from pipeline.texts import load_windows
 from pipeline.updates import Update
 from spectrim.blocks import BlockModel
 from spectrim.capture import gram_of, inputs_of
@@ -22,16 +25,24 @@ DAMPED = {"two_sided", "svd_llm", "svd_llm_v2"}
 BLOCK = 1
 
 
-def update_of(project: Project, method: str, calibration: Path | None = None, damping: float = 1e-6) -> Update:
+def update_of(
+    project: Project,
+    method: str,
+    calibration: Path | None = None,
+    damping: float = 1e-6,
+    alpha: float = 0.0,
+    stored: Callable[[int], Path] = lambda index: Path(),
+) -> Update:
     artifacts = project.folder / "artifacts"
     refinement = load(project.folder / "params.yaml").update_weights.refinement
-    settings = UpdateWeights(method=method, ipca="exact", ipca_windows=4, refinement=refinement)
+    anchor = Anchor(alpha=alpha, windows=4, damping=1e-2)
+    settings = UpdateWeights(method=method, anchor=anchor, ipca="exact", ipca_windows=4, refinement=refinement)
     file = calibration or artifacts / "calibrate" / "calibration.parquet"
-    return Update(BlockModel(artifacts / "prepare"), artifacts / "capture", file, settings, (damping, 1e-2))
+    return Update(BlockModel(artifacts / "prepare"), artifacts / "capture", file, settings, (damping, 1e-2), stored)
 
 
-def thirds(model: BlockModel) -> dict[str, int]:
-    return {name: min(weight.shape) // 3 for name, weight in model.weights(BLOCK).items()}
+def thirds(model: BlockModel, index: int = BLOCK) -> dict[str, int]:
+    return {name: min(weight.shape) // 3 for name, weight in model.weights(index).items()}
 
 
 def write(update: Update, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
@@ -109,6 +120,7 @@ def test_only_ipca_reads_calibration_windows(
 ) -> None:
     update = update_of(captured_llama, method, calibration=tmp_path / "missing.parquet")
     if method == "ipca":
+        assert update.in_order
         with pytest.raises(SpectrimError, match=r"missing\.parquet"):
             write(update, tmp_path)
     else:
@@ -124,3 +136,59 @@ def test_the_key_holds_what_the_method_depends_on(captured_llama: Project, monke
         assert (other != identities[method]) == (method in ("svd_llm", "svd_llm_v2")), method
         folders = [file.parent.name for file in update_of(captured_llama, method).inputs(BLOCK)]
         assert folders == (["inputs", "factors"] if method == "two_sided" else ["inputs"])
+    for method in ("two_sided", "closed_form", "svd_llm", "svd_llm_v2"):
+        half, whole = (update_of(captured_llama, method, alpha=alpha) for alpha in (0.5, 1.0))
+        assert identities[method] != half.identity() != whole.identity() and half.in_order
+    assert [file.parent.name for file in update_of(captured_llama, "two_sided", alpha=1.0).inputs(0)] == [
+        "inputs",
+        "gradients",
+    ]
+
+
+@pytest.fixture(scope="module")
+def first_block(captured_llama: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The factors of the block before BLOCK, by the closed form."""
+    folder = tmp_path_factory.mktemp("first")
+    update_of(captured_llama, "closed_form").factors(0, thirds(update_of(captured_llama, "svd").model, 0), folder)
+    return folder / "000.safetensors"
+
+
+@pytest.mark.parametrize("method", ["two_sided", "closed_form", "svd_llm", "svd_llm_v2"])
+def test_anchored_factors_bring_back_what_the_prefix_lost(
+    method: str, written: dict[str, Any], first_block: Path, captured_llama: Project, tmp_path: Path
+) -> None:
+    """‖Y − X' W'ᵀ‖ on the windows of the walk: smaller than that of the factors made for the original inputs."""
+    update = update_of(captured_llama, method, alpha=1.0, stored=lambda index: first_block)
+    tensors, facts = write(update, tmp_path)
+    assert set(facts["damping"]) == (set(thirds(update.model)) if method in DAMPED else set())
+    windows = load_windows(captured_llama.folder / "artifacts" / "calibrate" / "calibration.parquet")[:4]
+    walk = Prefix(update.model, windows, lambda index: first_block)
+    input_of = inputs_of(captured_llama.folder / "artifacts" / "capture", BLOCK)
+    moments = walk.moments(BLOCK, input_of)
+
+    def error(weight: torch.Tensor, factors: dict[str, torch.Tensor], name: str) -> float:
+        """‖Y‖² is left out: it is the same for both."""
+        cut = factors[f"{name}.left"].double() @ factors[f"{name}.right"].double()
+        cross, gram = moments[input_of[name]]
+        return float(torch.trace(cut @ gram @ cut.T) - 2 * torch.trace(weight @ cross @ cut.T))
+
+    for name, weight in update.model.weights(BLOCK).items():
+        assert error(weight.double(), tensors, name) < error(weight.double(), written[method][0], name), name
+
+
+def test_an_anchored_update_goes_on_from_the_blocks_that_are_done(
+    first_block: Path, captured_llama: Project, tmp_path: Path
+) -> None:
+    """A killed run walks again through what it had finished, and ends in the same bytes."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "resumed").mkdir()
+    whole = update_of(captured_llama, "two_sided", alpha=0.5, stored=lambda index: tmp_path / "whole/000.safetensors")
+    whole.factors(0, thirds(whole.model, 0), tmp_path / "whole")
+    whole.factors(BLOCK, thirds(whole.model), tmp_path / "whole")
+    resumed = update_of(captured_llama, "two_sided", alpha=0.5, stored=whole.stored)
+    resumed.factors(BLOCK, thirds(resumed.model), tmp_path / "resumed")
+    file = f"{BLOCK:03}.safetensors"
+    assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "resumed" / file).read_bytes()
+    other = update_of(captured_llama, "two_sided", alpha=0.5, stored=lambda index: first_block)
+    other.factors(BLOCK, thirds(other.model), tmp_path)
+    assert (tmp_path / file).read_bytes() != (tmp_path / "whole" / file).read_bytes()

@@ -1,0 +1,32 @@
+"""The files between `update_weights` and `remap`: one per block, LINEAR.left and LINEAR.right in float32."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from spectrim.maths.lowrank import Factors
+
+
+def read_factors(file: Path) -> dict[str, Factors]:
+    """Linear name -> its factors."""
+    tensors = load_file(file)
+    names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    return {name: Factors(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in names}
+
+
+def write_factors(file: Path, factors: Mapping[str, Factors], facts: Mapping[str, Any] | None = None) -> None:
+    """Write them, and what is to be said about them."""
+    sides = {f"{name}.{side}": tensor for name, pair in factors.items() for side, tensor in pair._asdict().items()}
+    # one key: safetensors writes several in a random order, and equal layers are to be equal bytes
+    metadata = None if facts is None else {"facts": json.dumps(facts, sort_keys=True)}
+    save_file({name: side.float().cpu().contiguous() for name, side in sides.items()}, file, metadata=metadata)
+
+
+def read_facts(file: Path) -> dict[str, Any]:
+    """What was said about the factors in ``file``."""
+    with safe_open(file, framework="pt") as handle:
+        return json.loads(handle.metadata()["facts"])
