@@ -119,12 +119,17 @@ def check_result(project: Project) -> str:
         ("opt", {"compression__format": "remap", "update_weights__method": "ipca", "train_ranks__method": "dobi"}),
         (
             "qwen2",
-            {"remap__format": "int8", "update_weights__method": "closed_form", "train_ranks__method": "svd_llm_v2"},
+            {
+                "remap__format": "int8",
+                "update_weights__method": "closed_form",
+                "update_weights__anchor": {"alpha": 0.5, "windows": 4, "damping": 1e-2},
+                "train_ranks__method": "svd_llm_v2",
+            },
         ),
     ],
 )
 def test_every_family_goes_through_all_stages(
-    family: str, choices: dict[str, str], tiny_project: ProjectFactory
+    family: str, choices: dict[str, Any], tiny_project: ProjectFactory
 ) -> None:
     project = tiny_project(family)
     project.change(**choices)
