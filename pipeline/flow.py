@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -106,8 +107,11 @@ def repro(stage: str) -> bool:
     return cached
 
 
-def run_graph(server: prefect_engine.Server, stages: list[str]) -> None:
-    """One flow, one task per stage, one after the other: DVC holds a lock on the project while a stage runs."""
+def run_graph(server: prefect_engine.Server, stages: list[str], ending: threading.Event) -> None:
+    """One flow, one task per stage, one after the other: DVC holds a lock on the project while a stage runs.
+
+    After ``ending`` no stage starts: whoever ends the children may take their exit codes, and 0 is then left of one.
+    """
 
     def body(emit: Callable[[Any], None]) -> None:
         from prefect import task
@@ -119,7 +123,8 @@ def run_graph(server: prefect_engine.Server, stages: list[str]) -> None:
             return Completed(name="Cached") if repro(stage) else None
 
         for stage in stages:
-            run_stage.submit(stage).result()
+            if not ending.is_set():
+                run_stage.submit(stage).result()
 
     for _ in prefect_engine.watched(server, "spectrim", body):
         pass
@@ -162,11 +167,12 @@ def main(
 ) -> None:
     """Run the DVC graph as a Prefect flow, with a UI on loopback."""
     load()  # refuses before DVC removes the output of the stage that would refuse
-    stages = order(targets or ())
+    stages, ending = order(targets or ()), threading.Event()
     with prefect_server() as server:
         try:
-            run_graph(server, stages)
+            run_graph(server, stages, ending)
         except BaseException:
+            ending.set()
             console.end_children(PATIENCE)  # server and stage together: neither may report the end of the other
             raise
         console.say(f"{len(stages)} stages are up to date")

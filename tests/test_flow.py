@@ -126,14 +126,15 @@ def test_every_end_is_clean_and_resumable(project, end):
     subprocess.run(["rm", "-rf", str(store), str(log)], check=True)
     seconds = 2 + ENDS.index(end) / 100  # a command that DVC has not run yet
     (project / "dvc.yaml").write_text(GRAPH.replace("SECONDS", f"{seconds} --engine inline"))
-    process = start(project, "layers")
+    process = start(project)
     wait_for(lambda: len(finished(log)) == 1 and len(computed(log)) == 2, seconds=300)
     everyone = descendants(process)
     if end == "server":
         server_of(process).kill()
     else:
         process.send_signal(signal.Signals[end])
-    _, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
+    assert "zz_last" not in output + errors, "a stage ran after the end"
     wait_for(lambda: all(gone(child) for child in everyone), seconds=20)
     code, line = {
         "SIGINT": (130, "stopped by Ctrl-C"),
