@@ -22,6 +22,10 @@ from spectrim import blocks, capture, evaluation, lowrank_linear, modules, prefi
 from spectrim.maths import anchoring, losses, lowrank, quantization, sampling, subspace, whitening
 
 MATHS = (anchoring, lowrank, subspace, whitening)  # of the closed forms
+REFINES = (
+    *(refine, factor_files, refinement, blocks, capture, modules, lowrank_linear, evaluation),
+    *(losses, quantization, sampling),
+)
 
 
 def main() -> None:
@@ -81,9 +85,7 @@ def _refined(params: Params, device: torch.device, files: list[Path], store: Lay
     name = key(
         "update_weights",
         "refinement",
-        code_digest(
-            refine, refinement, blocks, capture, modules, lowrank_linear, evaluation, losses, quantization, sampling
-        ),
+        code_digest(*REFINES),
         read_json(prepared / "prepare.json")["model_sha256"],
         [tokens[part]["tokens_sha256"] for part in ("calibration", "validation")],
         [sha256_file(file) for file in files],
