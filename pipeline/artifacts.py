@@ -137,9 +137,12 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_file(path: Path) -> str:
-    """The 64 hexadecimal digits of the file's sha256; about 1 GB/s."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """The 64 hexadecimal digits of the file's sha256; about 1 GB/s. Raises StorageError when the file is missing."""
+    try:
+        with Path(path).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise StorageError(f"{path}: not found; run the stage that writes it (`dvc repro`)") from None
 
 
 def digest(value: Any) -> str:

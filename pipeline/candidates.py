@@ -34,7 +34,7 @@ def tied_linears(captured: Path, blocks: Mapping[str, Mapping[str, Any]]) -> lis
     """Names of the linears that read the same tensor, as `capture` saw it happen, block by block."""
     groups: dict[str, list[str]] = {}
     for index, block in enumerate(blocks.values()):
-        input_of = inputs_of(captured, index)
+        input_of = inputs_of(captured / "inputs" / f"{index:03}.safetensors")
         for name in block:
             groups.setdefault(input_of[name], []).append(name)
     return list(groups.values())

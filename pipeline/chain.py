@@ -1,17 +1,35 @@
-"""Values that follow from one another, block by block, and survive a crash: hidden states, and gradients."""
+"""Values that follow from one another, block by block: hidden states, and gradients."""
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.store import LayerStore, key
 
+State = TypeVar("State")
+
+
+class Onward(Generic[State]):
+    """``walk[0] = start()``, ``walk[i + 1] = step(i, walk[i])``; the newest is in memory, an older one begins anew."""
+
+    def __init__(self, start: Callable[[], State], step: Callable[[int, State], State]) -> None:
+        self._start, self._step = start, step
+        self._newest: tuple[int, State] | None = None
+
+    def __getitem__(self, index: int) -> State:
+        at, value = self._newest if self._newest and self._newest[0] <= index else (0, self._start())
+        for i in range(at, index):
+            value = self._step(i, value)
+        self._newest = (index, value)
+        return value
+
 
 class Chain:
-    """``chain[0] = start()``, ``chain[i + 1] = step(i, chain[i])``; a value put in is never computed again.
+    """``Onward`` that survives a crash; a value put in is never computed again.
 
     The newest value is in memory, and every ``every``-th on disk; older ones are dropped unless ``keep_all``. A killed
     run goes on from the last one on disk, and a value that is gone is computed again from the nearest that is left.

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from pipeline.chain import Onward
 from pipeline.factor_files import read_factors
 from spectrim.blocks import BlockModel
-from spectrim.capture import forward_block
-from spectrim.prefix import Moments, forward_factored, prefix_moments
+from spectrim.capture import embedded, forward_block
+from spectrim.prefix import Moments, prefix_moments
 
 
 class Prefix:
@@ -24,22 +24,22 @@ class Prefix:
 
     def __init__(self, model: BlockModel, windows: Tensor, stored: Callable[[int], Path]) -> None:
         self.model, self.windows, self.stored = model, windows, stored
-        self._at: tuple[int, Tensor, Tensor] | None = None
-        self._left: Tensor | None = None  # what leaves that block in the original model
+        self._entering = Onward(self._embed, self._next)
+        self._left: Tensor | None = None  # what leaves the newest block in the original model, where it was seen
 
     def moments(self, index: int, input_of: Mapping[str, str]) -> dict[str, Moments]:
         """Input name -> moments of block ``index``."""
-        original, behind = self._entering(index)
+        original, behind = self._entering[index]
         moments, self._left = prefix_moments(self.model, index, input_of, original, behind)
         return moments
 
-    def _entering(self, index: int) -> tuple[Tensor, Tensor]:
-        if self._at is None or self._at[0] > index:
-            hidden = torch.cat([self.model.embed(window[None]).cpu() for window in self.windows])
-            self._at, self._left = (0, hidden, hidden), None
-        while self._at[0] < index:
-            at, original, behind = self._at
-            left = forward_block(self.model, at, original, 1) if self._left is None else self._left
-            behind = forward_factored(self.model, at, read_factors(self.stored(at)), behind)
-            self._at, self._left = (at + 1, left, behind), None
-        return self._at[1:]
+    def _embed(self) -> tuple[Tensor, Tensor]:
+        self._left = None
+        hidden = embedded(self.model, self.windows)
+        return hidden, hidden
+
+    def _next(self, at: int, entering: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        original, behind = entering
+        left = forward_block(self.model, at, original, 1) if self._left is None else self._left
+        self._left = None
+        return left, forward_block(self.model, at, behind, 1, read_factors(self.stored(at)))

@@ -95,7 +95,7 @@ class Refine:
         if not self.curve:
             self._measure(run, validation, None)
         with bar("update_weights: refinement", settings.steps, initial=run.step, unit="step") as progress:
-            while run.step < settings.steps and not self._worn():
+            while not self._ended(run.step):
                 losses = []
                 for _ in range(min(settings.validate_every, settings.steps - run.step)):
                     losses.append(run.advance())
@@ -119,17 +119,19 @@ class Refine:
         """The step of the lowest validation loss."""
         return min(self.curve, key=lambda point: point.validation_loss).step
 
-    def _worn(self) -> bool:
-        """Whether the last ``patience`` measurements brought nothing better."""
+    def _ended(self, step: int) -> bool:
+        """Whether all steps are taken, or the last ``patience`` measurements brought nothing better."""
         losses = [point.validation_loss for point in self.curve]
-        return len(losses) - 1 - losses.index(min(losses)) >= self.settings.patience
+        worn = len(losses) - 1 - losses.index(min(losses)) >= self.settings.patience
+        return worn or step >= self.settings.steps
 
     def _keep(self, run: Refinement) -> None:
-        """Put the state of the run into the store, the best factors beside it, and drop the state before."""
+        """Put the run into the store, the best factors beside it, and drop what was there before."""
         before = self.store.path(self._key(self.curve[-2].step))
 
         def write(folder: Path) -> None:
-            for part, tensors in run.state().items():  # one by one: save_file copies what it writes
+            # an ended run goes on no more; one by one, because save_file copies what it writes
+            for part, tensors in () if self._ended(run.step) else run.state().items():
                 save_file(
                     {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{part}.safetensors"
                 )
@@ -146,8 +148,11 @@ class Refine:
         """Go on from the newest snapshot, if there is one."""
         for step in self._snapshots():
             if entry := self.store.lookup(self._key(step)):
-                run.restore({part: load_file(entry / f"{part}.safetensors") for part in PARTS}, step)
                 self.curve = [Point(**point) for point in read_json(entry / "curve.json")]
+                if self._ended(step):
+                    run.step = step
+                else:
+                    run.restore({part: load_file(entry / f"{part}.safetensors") for part in PARTS}, step)
                 say(f"update_weights: refinement: goes on after step {step} of {self.settings.steps}")
                 return
 

@@ -9,13 +9,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.artifacts import artifact, read_json
+from pipeline.chain import Onward
 from pipeline.factor_files import write_factors
 from pipeline.prefix_walk import Prefix
 from pipeline.sections import UpdateWeights
 from pipeline.texts import load_windows
 from spectrim import weight_update
 from spectrim.blocks import BlockModel
-from spectrim.capture import abs_mean_of, batches, forward_block, gradient_gram_of, gram_of, inputs_of
+from spectrim.capture import abs_mean_of, embedded, forward_block, gradient_gram_of, gram_of, inputs_of
 from spectrim.maths.anchoring import anchored
 from spectrim.maths.lowrank import Factors
 
@@ -46,7 +47,7 @@ class Update:
         self.settings, self.damping, self.stored = settings, damping, stored
         self.anchored = settings.anchor.alpha > 0
         self.in_order = self.anchored or settings.method == "ipca"
-        self._hidden: tuple[int, Tensor] | None = None
+        self._entering = Onward(self._embed, lambda at, hidden: forward_block(self.model, at, hidden, 1))
         self._prefix: Prefix | None = None
 
     def inputs(self, index: int) -> list[Path]:
@@ -73,7 +74,7 @@ class Update:
 
         Its metadata holds per linear the relative error of the output and, where a Gram was damped, the damping used.
         """
-        weights, input_of = self.model.weights(index), inputs_of(self.captured, index)
+        weights, input_of = self.model.weights(index), inputs_of(self.inputs(index)[0])
         owners = sorted({input_of[name] for name in ranks})
         grams = {owner: gram_of(self.captured, index, owner).to(self.model.device) for owner in owners}
         targets = (weights, grams)
@@ -109,7 +110,7 @@ class Update:
             )
         if method == "ipca":
             exact = self.settings.ipca == "exact"
-            return weight_update.ipca_factors(self.model, index, self._entering(index), ranks, exact=exact), {}
+            return weight_update.ipca_factors(self.model, index, self._entering[index], ranks, exact=exact), {}
         if self.anchored:
             first, largest = self.damping
             own = {name: grams[input_of[name]] for name in ranks}
@@ -134,19 +135,13 @@ class Update:
         if self._prefix is None:
             self._prefix = Prefix(self.model, load_windows(self.calibration)[: anchor.windows], self.stored)
         moments = self._prefix.moments(index, input_of)
-        targets = {
-            name: anchored(weight, *moments[input_of[name]], anchor.alpha, anchor.damping)
-            for name, weight in weights.items()
-        }
+        targets: dict[str, Tensor] = {}
+        for owner, found in moments.items():  # one solution for all that read one input
+            names = [name for name in weights if input_of[name] == owner]
+            together = anchored(torch.cat([weights[name] for name in names]), *found, anchor.alpha, anchor.damping)
+            targets |= zip(names, together.split([len(weights[name]) for name in names]), strict=True)
         return targets, {owner: found.gram for owner, found in moments.items()}
 
-    def _entering(self, index: int) -> Tensor:
-        """Hidden states of the original model before block ``index``; only ever walks forward."""
-        if self._hidden is None or self._hidden[0] > index:
-            windows = load_windows(self.calibration)[: self.settings.ipca_windows]
-            parts = [self.model.embed(windows[part]).cpu() for part in batches(len(windows), 1)]
-            self._hidden = (0, torch.cat(parts))
-        while self._hidden[0] < index:
-            at, hidden = self._hidden
-            self._hidden = (at + 1, forward_block(self.model, at, hidden, 1))
-        return self._hidden[1]
+    def _embed(self) -> Tensor:
+        """Hidden states of the original model before its first block."""
+        return embedded(self.model, load_windows(self.calibration)[: self.settings.ipca_windows])

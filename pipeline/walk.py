@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -13,11 +11,12 @@ from pipeline.store import LayerStore
 from spectrim.blocks import BlockModel
 from spectrim.capture import (
     LAST_HIDDEN,
-    batches,
     decompose,
+    embedded,
     forward_block,
     gradient_statistics,
     input_statistics,
+    inputs_of,
     loss_gradient,
 )
 
@@ -76,12 +75,10 @@ class Walk:
         self, index: int, inputs: Path, gradients: Path, damping: float, max_damping: float, folder: Path
     ) -> None:
         """Write the whitened factors of block ``index`` from its two files of statistics."""
-        with safe_open(inputs, framework="pt") as handle:
-            owners = json.loads(handle.metadata()["input_of"])
         tensors = decompose(
             self.model.weights(index),
             load_file(inputs) | load_file(gradients),
-            owners,
+            inputs_of(inputs),
             self.windows.numel(),
             self.graded.numel(),
             damping,
@@ -95,8 +92,7 @@ class Walk:
             chain.clear(self.depth)
 
     def _embed(self) -> Tensor:
-        parts = [self.model.embed(self.windows[part]).cpu() for part in batches(len(self.windows), self.batch_size)]
-        return torch.cat(parts)
+        return embedded(self.model, self.windows, self.batch_size)
 
     def _next(self, index: int, hidden: Tensor) -> Tensor:
         return forward_block(self.model, index, hidden, self.batch_size)

@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spectrim.errors import ModelError, StorageError
@@ -165,14 +166,19 @@ class BlockModel:
                     set_module_tensor_to_device(self.model, name, self.device, value, dtype=dtype)
 
 
-@contextmanager
-def observed(linears: Mapping[str, nn.Module], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+def observed(linears: Mapping[str, nn.Module], observe: Callable[[str, Tensor], None]) -> AbstractContextManager[None]:
     """Let ``observe(name, x)`` see what every linear is given for the length of the ``with``."""
 
     def hook(name: str) -> Any:
         return lambda module, args: observe(name, args[0])
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
+    return hooked(module.register_forward_pre_hook(hook(name)) for name, module in linears.items())
+
+
+@contextmanager
+def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Register ``hooks`` for the length of the ``with``."""
+    handles = list(hooks)
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ states are in memory.
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ import torch
 from safetensors import safe_open
 from scipy.linalg.blas import ssyrk
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from spectrim.blocks import BlockModel, observed
+from spectrim.blocks import BlockModel, hooked, observed
 from spectrim.errors import NumericalError
-from spectrim.maths.lowrank import spectrum, two_sided
-from spectrim.maths.whitening import Whitener, sqrt_and_inverse
+from spectrim.maths.losses import next_token_loss
+from spectrim.maths.lowrank import Factors, smaller_root, spectrum, two_sided
+from spectrim.maths.whitening import Whitener
 
 LAST_HIDDEN = "last_hidden.safetensors"
 SYRK_FEATURES = 1024  # below, the general product with its better threading wins
@@ -59,11 +59,24 @@ def batches(n_windows: int, batch_size: int) -> Iterator[slice]:
         yield slice(start, min(start + batch_size, n_windows))
 
 
+def embedded(model: BlockModel, windows: Tensor, batch_size: int = 1) -> Tensor:
+    """Hidden states (windows, seq, hidden) that enter the first block, on the CPU, of windows (windows, seq)."""
+    return torch.cat([model.embed(windows[part]).cpu() for part in batches(len(windows), batch_size)])
+
+
 @torch.no_grad()
-def forward_block(model: BlockModel, index: int, hidden: Tensor, batch_size: int) -> Tensor:
-    """Hidden states (windows, seq, hidden) through block ``index``; no statistics. The result is on the CPU."""
+def forward_block(
+    model: BlockModel, index: int, hidden: Tensor, batch_size: int, factors: Mapping[str, Factors] | None = None
+) -> Tensor:
+    """Hidden states (windows, seq, hidden) through block ``index``; no statistics. The result is on the CPU.
+
+    Linears named in ``factors`` compute with W' = left @ right; ``model`` is the same afterwards.
+    """
     output = torch.empty_like(hidden)
     with model.resident(index):
+        for name, pair in (factors or {}).items():
+            weight = model.linears[index][name].weight
+            weight.copy_(pair.left.to(weight) @ pair.right.to(weight))
         for part in batches(len(hidden), batch_size):
             output[part] = model.run(index, hidden[part].to(model.device)).cpu()
     return output
@@ -126,8 +139,8 @@ def loss_gradient(model: BlockModel, tokens: Tensor, hidden: Tensor) -> Tensor:
     gradient = torch.empty_like(hidden)
     for i in range(len(hidden)):
         leaf = hidden[i : i + 1].to(model.device).requires_grad_()
-        logits = model.logits(tokens[i : i + 1], leaf)[0, :-1].float()
-        loss = cross_entropy(logits, tokens[i, 1:].to(model.device), reduction="sum")
+        window = tokens[i : i + 1]
+        loss = next_token_loss(model.logits(window, leaf), window) * (window.shape[1] - 1)
         if not torch.isfinite(loss):
             state = "finite" if torch.isfinite(leaf).all() else "not finite"
             raise NumericalError(
@@ -192,18 +205,16 @@ def decompose(
         k = min(out, in), and ``damping.`` (1,), what the decomposed side needed.
     """
     tensors: dict[str, Tensor] = {}
-    roots: dict[str, Whitener] = {}
+    roots: dict[str, dict[str, Whitener]] = {}
     for name, weight in weights.items():
         owner = input_of[name]
         gram = unpack_symmetric(statistics[f"gram.{owner}"]).to(weight.device) / n_tokens
         gradient_gram = unpack_symmetric(statistics[f"gradient_gram.{name}"]).to(weight.device) / n_gradient_tokens
         try:
-            if weight.shape[0] > weight.shape[1]:  # the smaller side is decomposed, once for all that share the input
-                if owner not in roots:
-                    roots[owner] = sqrt_and_inverse(gram, damping, max_damping)
-                side = {"gram_root": roots[owner]}
-            else:
-                side = {"gradient_root": sqrt_and_inverse(gradient_gram, damping, max_damping)}
+            side = roots.get(owner) if weight.shape[0] > weight.shape[1] else None
+            side = side or smaller_root(weight, gram, gradient_gram, damping, max_damping)
+            if "gram_root" in side:  # serves all that share the input
+                roots[owner] = side
             result = two_sided(weight, gram, gradient_gram, damping, max_damping, **side)
             input_sigma = spectrum(weight, gram)
         except NumericalError as error:
@@ -232,16 +243,16 @@ def abs_mean_of(folder: Path, index: int, name: str) -> Tensor:
     return _input_statistic(folder, index, "abs_mean", name)
 
 
-def inputs_of(folder: Path, index: int) -> dict[str, str]:
-    """Linear -> the linear under whose name its input's statistics stand, for block ``index`` of a capture folder."""
-    with safe_open(folder / "inputs" / f"{index:03}.safetensors", framework="pt") as handle:
+def inputs_of(file: Path) -> dict[str, str]:
+    """Linear -> the linear under whose name its input's statistics stand, from a block's file of input statistics."""
+    with safe_open(file, framework="pt") as handle:
         return json.loads(handle.metadata()["input_of"])
 
 
 def _input_statistic(folder: Path, index: int, kind: str, name: str) -> Tensor:
-    with safe_open(folder / "inputs" / f"{index:03}.safetensors", framework="pt") as handle:
-        owner = json.loads(handle.metadata()["input_of"])[name]
-        return handle.get_tensor(f"{kind}.{owner}")
+    file = folder / "inputs" / f"{index:03}.safetensors"
+    with safe_open(file, framework="pt") as handle:
+        return handle.get_tensor(f"{kind}.{inputs_of(file)[name]}")
 
 
 def last_hidden(folder: Path, seq_len: int) -> Tensor:
@@ -250,8 +261,9 @@ def last_hidden(folder: Path, seq_len: int) -> Tensor:
         return handle.get_slice("hidden")[:, :seq_len]
 
 
-@contextmanager
-def _observed_gradients(linears: Mapping[str, nn.Linear], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _observed_gradients(
+    linears: Mapping[str, nn.Linear], observe: Callable[[str, Tensor], None]
+) -> AbstractContextManager[None]:
     """Let ``observe(name, g)`` see the gradient of every linear's output for the length of the ``with``."""
 
     def hook(name: str) -> Any:
@@ -260,12 +272,7 @@ def _observed_gradients(linears: Mapping[str, nn.Linear], observe: Callable[[str
 
         return register
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in linears.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(module.register_forward_hook(hook(name)) for name, module in linears.items())
 
 
 def _non_finite(name: str, values: Tensor, part: slice, what: str) -> str:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from spectrim.blocks import BlockModel, observed
 from spectrim.errors import NumericalError
-from spectrim.maths.lowrank import Factors
 
 
 class Moments(NamedTuple):
@@ -54,16 +53,3 @@ def prefix_moments(
                     )
                 sums[name] = Moments(*map(torch.add, sums[name], found)) if name in sums else found
     return sums, output
-
-
-@torch.no_grad()
-def forward_factored(model: BlockModel, index: int, factors: Mapping[str, Factors], hidden: Tensor) -> Tensor:
-    """Hidden states (windows, seq, hidden) through block ``index`` with W' = left @ right where there are factors."""
-    output = torch.empty_like(hidden)
-    with model.resident(index):
-        for name, pair in factors.items():
-            weight = model.linears[index][name].weight
-            weight.copy_(pair.left.to(weight) @ pair.right.to(weight))
-        for window in range(len(hidden)):
-            output[window] = model.run(index, hidden[window : window + 1].to(model.device))[0].cpu()
-    return output

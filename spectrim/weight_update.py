@@ -15,13 +15,14 @@ from spectrim.maths.lowrank import (
     closed_form,
     output_error,
     plain_svd,
+    smaller_root,
     svd_llm_cholesky,
     svd_llm_v2,
     truncate,
     two_sided,
 )
 from spectrim.maths.subspace import IncrementalPCA, MeanProjector, ipca_update, top_right_singular_vectors
-from spectrim.maths.whitening import cholesky, eigen_whitener, sqrt_and_inverse
+from spectrim.maths.whitening import cholesky, eigen_whitener
 
 
 def svd_factors(weights: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Factors]:
@@ -113,10 +114,9 @@ def two_sided_factors(
 
     def decompose(name: str) -> Decomposition:
         weight, gram, gradient_gram = weights[name], grams[name], gradient_grams[name]
-        side, smaller = ("gram_root", gram) if weight.shape[0] > weight.shape[1] else ("gradient_root", gradient_gram)
-        root = sqrt_and_inverse(smaller, damping, max_damping)
-        used[name] = root.damping
-        return two_sided(weight, gram, gradient_gram, damping, max_damping, **{side: root})
+        root = smaller_root(weight, gram, gradient_gram, damping, max_damping)
+        used[name] = next(iter(root.values())).damping
+        return two_sided(weight, gram, gradient_gram, damping, max_damping, **root)
 
     return _each(ranks, decompose), used
 

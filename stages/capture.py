@@ -21,7 +21,7 @@ from pipeline.params import load
 from pipeline.store import LayerStore, code_digest, key, link_or_copy
 from pipeline.texts import load_windows
 from spectrim import blocks, capture, modules
-from spectrim.maths import lowrank, whitening
+from spectrim.maths import losses, lowrank, whitening
 
 Compute = Callable[[int, Path], None]
 
@@ -33,7 +33,7 @@ def main() -> None:
     windows = load_windows(artifact("calibrate") / "calibration.parquet")
     model = blocks.BlockModel(artifact("prepare"), resolve(params.runtime.device), tuple(exclude))
     identity = [
-        code_digest(chain, walk, blocks, capture, modules, lowrank, whitening),
+        code_digest(chain, walk, blocks, capture, modules, losses, lowrank, whitening),
         read_json(artifact("prepare") / "prepare.json")["model_sha256"],
         read_json(artifact("calibrate") / "calibrate.json")["calibration"]["tokens_sha256"],
         [exclude, settings.gradient_windows, settings.gradient_seq_len, settings.batch_size, str(model.device)],

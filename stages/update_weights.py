@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import factor_files, prefix_walk, refine, updates
+from pipeline import chain, factor_files, prefix_walk, refine, updates
 from pipeline.artifacts import artifact, fresh_folder, read_json, require_model, sha256_file, write_json
 from pipeline.console import run
 from pipeline.devices import resolve
@@ -21,7 +21,10 @@ from pipeline.store import LayerStore, code_digest, key, link_or_copy
 from spectrim import blocks, capture, evaluation, lowrank_linear, modules, prefix, refinement, weight_update
 from spectrim.maths import anchoring, losses, lowrank, quantization, sampling, subspace, whitening
 
-MATHS = (anchoring, lowrank, subspace, whitening)  # of the closed forms
+UPDATES = (
+    *(updates, chain, prefix_walk, factor_files, blocks, capture, modules, prefix, weight_update),
+    *(anchoring, lowrank, subspace, whitening),
+)
 REFINES = (
     *(refine, factor_files, refinement, blocks, capture, modules, lowrank_linear, evaluation),
     *(losses, quantization, sampling),
@@ -66,7 +69,7 @@ def _factors(params: Params, ranks: dict[str, int], device: torch.device, store:
         return store.path(tasks[index].key) / f"{index:03}.safetensors"
 
     update = updates.Update(model, artifact("capture"), calibration, settings, damping, stored)
-    code = code_digest(updates, prefix_walk, factor_files, blocks, capture, modules, prefix, weight_update, *MATHS)
+    code = code_digest(*UPDATES)
     for index, block in enumerate(model.names):
         wanted = {name: ranks[name] for name in model.linears[index] if name in ranks}
         upstream = [sha256_file(file) for file in update.inputs(index)]

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from pipeline import artifacts
 from spectrim.errors import NumericalError, StorageError
+from tests.tiny import tree
 
 PROJECT = Path(__file__).parents[1]
 JSON = st.recursive(
@@ -38,10 +39,6 @@ def largest_file(n_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_artifact_is_relative_to_the_working_directory():

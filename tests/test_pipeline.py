@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.conftest import ProjectFactory
-from tests.tiny import Project, process_environment
+from tests.tiny import Project, process_environment, tree
 
 AFTER_RATIO = {"train_ranks", "update_weights", "remap", "evaluate", "report"}
 AFTER_FORMAT = {"remap", "evaluate", "report"}
@@ -53,11 +53,6 @@ print(json.dumps({
 
 def read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """relative path -> bytes of every file under a folder."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def layers(project: Project) -> dict[str, int]:
@@ -163,7 +158,7 @@ def test_without_the_import_loading_fails_loudly(finished_llama: Project) -> Non
 
 def test_only_what_changed_reruns(finished_llama: Project, tmp_path: Path) -> None:
     project = finished_llama.copy(tmp_path / "llama")
-    first = contents(project.folder / "artifacts" / "remap")
+    first = tree(project.folder / "artifacts" / "remap")
     project.change(runtime__workers=1)  # of the machine, not of a result
     assert project.repro() == set()
 
@@ -178,7 +173,7 @@ def test_only_what_changed_reruns(finished_llama: Project, tmp_path: Path) -> No
 
     project.change(compression__ratio=0.8, remap__format="same")
     assert project.repro() <= {"report"}, "going back restores from the run cache"  # a page is rendered, not cached
-    assert contents(project.folder / "artifacts" / "remap") == first
+    assert tree(project.folder / "artifacts" / "remap") == first
 
     project.commit("a finished run")
     project.run("dvc", "exp", "run", "-S", "compression.ratio=0.6")
@@ -201,7 +196,7 @@ def test_presets_are_measured_beside_the_project(finished_llama: Project, tmp_pa
     project = finished_llama.copy(tmp_path / "llama")
     for name in ("benchmarks", "presets"):
         shutil.copytree(tiny.REPOSITORY / name, project.folder / name)
-    before, known = contents(project.folder / "artifacts"), layers(project)
+    before, known = tree(project.folder / "artifacts"), layers(project)
     command = (sys.executable, "-m", "benchmarks.presets", "--presets", "svd", "--ratios", "0.6", "--markdown")
     lines = project.run(*command).stdout.splitlines()
     dense, int8, int4, row = [json.loads(line) for line in lines if line.startswith("{")]
@@ -214,7 +209,7 @@ def test_presets_are_measured_beside_the_project(finished_llama: Project, tmp_pa
     assert row["seconds"] > 0 and row["peak_memory"] > 10**7
     assert row["perplexity"]["corpus"] != dense["perplexity"]["corpus"]
     assert len([line for line in lines if line.startswith("| svd |")]) == 1
-    assert contents(project.folder / "artifacts") == before and layers(project) == known
+    assert tree(project.folder / "artifacts") == before and layers(project) == known
 
     project.change(capture__damping=1e-4)
     done = project.run(*command, check=False)
@@ -235,7 +230,7 @@ def test_a_bad_parameter_costs_nothing(finished_llama: Project, tmp_path: Path) 
     )
     (project.folder / "params.yaml").write_text(good, encoding="utf-8")
     assert project.repro() == set()
-    assert contents(project.folder / "artifacts") == contents(finished_llama.folder / "artifacts")
+    assert tree(project.folder / "artifacts") == tree(finished_llama.folder / "artifacts")
 
 
 # in the inputs, the gradients and the last of them of capture; in the closed form and in both snapshots of refinement
@@ -258,7 +253,7 @@ def test_a_killed_stage_goes_on_where_it_was(stage: str, commits: int, finished_
     assert all(now[key] == survivors[key] for key in set(now) & set(survivors)), "a finished layer was computed again"
     assert set(now) - set(survivors), "the unfinished layers were computed"
     assert not list((project.folder / ".spectrim" / "layers").glob(".partial-*"))
-    assert contents(project.folder / "artifacts" / stage) == contents(finished_llama.folder / "artifacts" / stage)
+    assert tree(project.folder / "artifacts" / stage) == tree(finished_llama.folder / "artifacts" / stage)
 
 
 def test_a_refinement_killed_in_its_last_commit_is_not_trained_again(finished_llama: Project, tmp_path: Path) -> None:
@@ -268,8 +263,8 @@ def test_a_refinement_killed_in_its_last_commit_is_not_trained_again(finished_ll
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     done = project.stage("update_weights")
     assert "goes on after step 4 of 4" in done.stderr
-    expected = contents(finished_llama.folder / "artifacts" / "update_weights")
-    assert contents(project.folder / "artifacts" / "update_weights") == expected
+    expected = tree(finished_llama.folder / "artifacts" / "update_weights")
+    assert tree(project.folder / "artifacts" / "update_weights") == expected
     assert not list((project.folder / ".spectrim" / "layers").glob("*/square.safetensors"))
 
 
@@ -288,7 +283,7 @@ def test_a_killed_dvc_repro_goes_on_where_it_was(finished_llama: Project, tmp_pa
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert project.repro() == {"capture"}
-    assert contents(project.folder / "artifacts") == contents(finished_llama.folder / "artifacts")
+    assert tree(project.folder / "artifacts") == tree(finished_llama.folder / "artifacts")
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "no manifest"])
@@ -310,5 +305,5 @@ def test_a_damaged_layer_is_computed_again(damage: str, finished_llama: Project,
     assert "warning" in done.stderr and entry.name in done.stderr
     after = layers(project)
     assert {key for key in after if after[key] != before.get(key)} == {entry.name}
-    expected = contents(finished_llama.folder / "artifacts" / "update_weights")
-    assert contents(project.folder / "artifacts" / "update_weights") == expected
+    expected = tree(finished_llama.folder / "artifacts" / "update_weights")
+    assert tree(project.folder / "artifacts" / "update_weights") == expected

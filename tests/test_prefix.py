@@ -11,7 +11,7 @@ from spectrim.blocks import BlockModel
 from spectrim.capture import forward_block, input_statistics
 from spectrim.errors import NumericalError
 from spectrim.maths.lowrank import Factors, plain_svd, truncate
-from spectrim.prefix import forward_factored, prefix_moments
+from spectrim.prefix import prefix_moments
 
 TOKENS = torch.randint(2, 200, (3, 24), generator=torch.Generator().manual_seed(5))
 
@@ -43,7 +43,7 @@ def test_moments_are_those_of_the_activations(family: str, model_folders: dict[s
     model = BlockModel(model_folders[family])
     hidden = model.embed(TOKENS)
     after = forward_block(model, 0, hidden, 1)
-    behind = forward_factored(model, 0, factors(model, 0, 0.5), hidden)
+    behind = forward_block(model, 0, hidden, 1, factors(model, 0, 0.5))
     input_of = input_statistics(model, 1, after, 1)[1]
     moments, output = prefix_moments(model, 1, input_of, after, behind)
     assert set(moments) == set(input_of.values())
@@ -62,15 +62,15 @@ def test_factors_take_the_place_of_the_weights(model_folders: dict[str, Path]) -
     model = BlockModel(model_folders["llama"])
     hidden = model.embed(TOKENS)
     whole = forward_block(model, 0, hidden, 1)
-    torch.testing.assert_close(forward_factored(model, 0, {}, hidden), whole)
-    torch.testing.assert_close(forward_factored(model, 0, factors(model, 0, 1.0), hidden), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(forward_block(model, 0, hidden, 1, {}), whole)
+    torch.testing.assert_close(forward_block(model, 0, hidden, 1, factors(model, 0, 1.0)), whole, rtol=1e-4, atol=1e-5)
     cut = factors(model, 0, 0.3)
     dense = load_model(model_folders["llama"], torch.device("cpu"))
     for name, pair in cut.items():
         dense.get_submodule(name).weight.data.copy_(pair.left @ pair.right)
     with torch.no_grad():
         expected = dense(TOKENS, output_hidden_states=True).hidden_states[1]
-    found = forward_factored(model, 0, cut, hidden)
+    found = forward_block(model, 0, hidden, 1, cut)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, whole, rtol=1e-2)
     torch.testing.assert_close(forward_block(model, 0, hidden, 1), whole)  # the model itself is unchanged

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import pytest
 from pipeline import params, report
 from pipeline.artifacts import read_json
 from spectrim.errors import StorageError
+from stages import report as stage
 from tests import report_project
-from tests.tiny import REPOSITORY, process_environment
+from tests.tiny import REPOSITORY, process_environment, tree
 
 BLOCKS = 2
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -221,6 +223,41 @@ def test_the_stage_writes_the_same_bytes_in_another_process(project: Project, us
         "report.html",
         "figures",
     }
+
+
+def test_a_page_rendered_before_is_taken_from_the_store(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, times = project(), []
+    monkeypatch.chdir(root)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    render = stage.report.render
+    monkeypatch.setattr(stage.report, "render", lambda **kwargs: times.append(1) or render(**kwargs))
+
+    def run() -> None:
+        params.load.cache_clear()
+        stage.main()
+
+    run()
+    first = tree(root / "reports")
+    report_project.write_params(root, report={"title": "Another"})
+    run()
+    assert len(times) == 2 and "Another" in (root / "reports/report.md").read_text()
+    report_project.write_params(root)
+    shutil.rmtree(root / "reports" / "figures")
+    run()
+    assert len(times) == 2 and tree(root / "reports") == first
+    metrics = read_json(root / "reports/metrics.json") | {"generation": "Another sample"}
+    (root / "reports/metrics.json").write_text(json.dumps(metrics))
+    run()
+    assert len(times) == 3 and "Another sample" in (root / "reports/report.md").read_text()
+
+
+def test_a_missing_input_names_the_file(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = project()
+    monkeypatch.chdir(root)
+    params.load.cache_clear()
+    (root / "artifacts/capture/spectra.safetensors").unlink()
+    with pytest.raises(StorageError, match=r"capture/spectra\.safetensors: not found; run the stage that writes it"):
+        stage.main()
 
 
 def test_a_curve_that_is_no_table_of_numbers_is_refused(tmp_path: Path) -> None:

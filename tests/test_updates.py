@@ -98,7 +98,7 @@ def test_the_three_routes_to_the_optimum_agree_on_captured_grams(captured_llama:
     artifacts = captured_llama.folder / "artifacts"
     model, captured = BlockModel(artifacts / "prepare"), artifacts / "capture"
     for index in range(len(model.names)):
-        weights, input_of = model.weights(index), inputs_of(captured, index)
+        weights, input_of = model.weights(index), inputs_of(captured / "inputs" / f"{index:03}.safetensors")
         grams = {owner: gram_of(captured, index, owner) for owner in set(input_of.values())}
         own = {name: grams[input_of[name]] for name in weights}
         ranks = {name: min(weight.shape) // 3 for name, weight in weights.items()}
@@ -163,7 +163,7 @@ def test_anchored_factors_bring_back_what_the_prefix_lost(
     assert set(facts["damping"]) == (set(thirds(update.model)) if method in DAMPED else set())
     windows = load_windows(captured_llama.folder / "artifacts" / "calibrate" / "calibration.parquet")[:4]
     walk = Prefix(update.model, windows, lambda index: first_block)
-    input_of = inputs_of(captured_llama.folder / "artifacts" / "capture", BLOCK)
+    input_of = inputs_of(captured_llama.folder / "artifacts" / "capture" / "inputs" / f"{BLOCK:03}.safetensors")
     moments = walk.moments(BLOCK, input_of)
 
     def error(weight: torch.Tensor, factors: dict[str, torch.Tensor], name: str) -> float:

@@ -146,6 +146,11 @@ def tiny_params(model_source: str, text_source: str) -> dict[str, Any]:
     return params
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    """relative path -> bytes of every file under a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @dataclass(frozen=True)
 class Project:
     """A project folder with the repository's code and graph, tiny parameters, and git and DVC of its own."""

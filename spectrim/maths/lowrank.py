@@ -228,23 +228,30 @@ def two_sided(
     input_side = gram_root is not None and gradient_root is None and weight.shape[0] == weight.shape[1]
     if weight.shape[0] > weight.shape[1] or input_side:
         whitener = gram_root or sqrt_and_inverse(gram, damping, max_damping)
-        metric = damped(gradient_gram, gradient_root.damping if gradient_root else damping)
         half = weight @ whitener.root  # (m, n)
+        metric = damped(gradient_gram, gradient_root.damping if gradient_root else damping)
         sigma, vectors = _eigen(half.T @ (metric @ half))
         scale = _balance(sigma)
         return Decomposition(half @ vectors / scale, sigma, scale[:, None] * (vectors.T @ whitener.inverse))
     whitener = gradient_root or sqrt_and_inverse(gradient_gram, damping, max_damping)
-    metric = damped(gram, gram_root.damping if gram_root else damping)
     half = whitener.root @ weight  # (m, n)
-    sigma, vectors = _eigen(half @ metric @ half.T)
+    sigma, vectors = _eigen(half @ damped(gram, gram_root.damping if gram_root else damping) @ half.T)
     scale = _balance(sigma)
     return Decomposition(whitener.inverse @ vectors * scale, sigma, vectors.T @ half / scale[:, None])
 
 
+def smaller_root(
+    weight: Tensor, gram: Tensor, gradient_gram: Tensor, damping: float, max_damping: float
+) -> dict[str, Whitener]:
+    """The one root that ``two_sided`` takes, under its argument's name: of the smaller Gram, G when m > n."""
+    if weight.shape[0] > weight.shape[1]:
+        return {"gram_root": sqrt_and_inverse(gram, damping, max_damping)}
+    return {"gradient_root": sqrt_and_inverse(gradient_gram, damping, max_damping)}
+
+
 def output_error(weight: Tensor, factors: Factors, gram: Tensor) -> float:
     """‖X (W − W')ᵀ‖_F = √tr((W − W') G (W − W')ᵀ), W' = left @ right; 0 where rounding makes the trace negative."""
-    weight = _weight(weight)
-    difference = weight - factors.left.double() @ factors.right.double()
+    difference = _weight(weight) - factors.left.double() @ factors.right.double()
     gram = _side("gram", damped(gram, 0.0), weight.shape[1])
     return float(((difference @ gram) * difference).sum().clamp(min=0).sqrt())
 
