@@ -13,8 +13,7 @@ SMALL = {
     "calibrate": {"seq_len": 128, "calibration_windows": 8, "validation_windows": 2, "test_windows": 2},
     "capture": {"gradient_windows": 4, "gradient_seq_len": 64},
     "train_ranks": {"steps": 4, "seq_len": 64},
-    "update_weights": {"ipca_windows": 4},
-    "update_weights.anchor": {"windows": 4},
+    "update_weights": {"windows": 4},
     "update_weights.refinement": {"steps": 2, "seq_len": 64, "validate_every": 1},
     "evaluate": {"new_tokens": 8, "speed_prefill_tokens": 64, "speed_decode_tokens": 4, "speed_repeats": 1},
 }

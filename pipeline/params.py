@@ -44,8 +44,7 @@ AT_MOST = {
     "capture.gradient_windows": "calibrate.calibration_windows",
     "capture.gradient_seq_len": "calibrate.seq_len",
     "train_ranks.seq_len": "calibrate.seq_len",
-    "update_weights.anchor.windows": "calibrate.calibration_windows",
-    "update_weights.ipca_windows": "calibrate.calibration_windows",
+    "update_weights.windows": "calibrate.calibration_windows",
     "update_weights.refinement.seq_len": "calibrate.seq_len",
 }
 

@@ -172,26 +172,38 @@ class Refinement:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Anchor:
-    """Inputs from behind the compressed blocks, measured on ``windows`` calibration windows.
+    """Inputs from behind the compressed blocks.
 
     ``alpha``: share of the original outputs in the targets; 0: not anchored. ``damping``: pull towards the original
     weight, relative to the mean diagonal of the inputs' Gram.
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)]
-    windows: AtLeast1
     damping: Positive
 
 
 @with_config(STRICT)
 @dataclass(frozen=True)
+class BlockRefinement:
+    """Training of each block's factors by itself, one window per step. ``steps`` 0: none."""
+
+    steps: AtLeast0
+    learning_rate: Positive
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
 class UpdateWeights:
-    """The metric whose optimum the factors are, or Dobi-SVD's IPCA over ``ipca_windows`` calibration windows."""
+    """The metric whose optimum the factors are, or Dobi-SVD's IPCA; how they are fitted and trained from there.
+
+    ``windows``: calibration windows that `ipca`, ``anchor`` and ``block_refinement`` walk through the blocks.
+    """
 
     method: Literal["two_sided", "closed_form", "svd", "asvd", "svd_llm", "svd_llm_v2", "ipca"]
+    windows: AtLeast1
     anchor: Anchor
     ipca: Literal["incremental", "exact"]
-    ipca_windows: AtLeast1
+    block_refinement: BlockRefinement
     refinement: Refinement
 
 

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from pipeline.artifacts import artifact, read_json
 from pipeline.chain import Onward
-from pipeline.factor_files import write_factors
-from pipeline.prefix_walk import Prefix
+from pipeline.factor_files import read_factors, write_factors
 from pipeline.sections import UpdateWeights
 from pipeline.texts import load_windows
 from spectrim import weight_update
+from spectrim.block_refinement import Hidden, Refined, refine_block
 from spectrim.blocks import BlockModel
 from spectrim.capture import abs_mean_of, embedded, forward_block, gradient_gram_of, gram_of, inputs_of
 from spectrim.maths.anchoring import anchored
 from spectrim.maths.lowrank import Factors
+from spectrim.prefix import prefix_moments
 
 Ranks = Mapping[str, int]
 Made = tuple[dict[str, Factors], dict[str, float]]
@@ -29,26 +30,33 @@ class Update:
     """Computes and writes the factors of one block per call; where ``in_order``, block after block.
 
     Args:
-        captured: the folder of `capture`; ``calibration``: the file of calibration windows, read where ``in_order``.
+        captured: the folder of `capture`; ``calibrate``: that of the windows, read where ``in_order``.
         damping: first and largest relative damping of a Gram, where one is decomposed.
-        stored: index of a block -> the file that its factors were written to, for anchoring.
+        seed: of the order of the windows in block refinement.
+        stored: index of a block -> the file that its factors were written to, for what goes on ``behind`` it.
     """
 
     def __init__(
         self,
         model: BlockModel,
         captured: Path,
-        calibration: Path,
+        calibrate: Path,
         settings: UpdateWeights,
         damping: tuple[float, float],
+        seed: int,
         stored: Callable[[int], Path],
     ) -> None:
-        self.model, self.captured, self.calibration = model, captured, calibration
-        self.settings, self.damping, self.stored = settings, damping, stored
+        self.model, self.captured, self.calibrate = model, captured, calibrate
+        self.settings, self.damping, self.seed = settings, damping, seed
         self.anchored = settings.anchor.alpha > 0
-        self.in_order = self.anchored or settings.method == "ipca"
-        self._entering = Onward(self._embed, lambda at, hidden: forward_block(self.model, at, hidden, 1))
-        self._prefix: Prefix | None = None
+        self.behind = self.anchored or settings.block_refinement.steps > 0  # needs the blocks before it compressed
+        self.in_order = self.behind or settings.method == "ipca"
+        # What enters each block in the original model, and behind the compressed blocks. In memory alone: a killed run
+        # walks again through the blocks whose factors it has.
+        self._original = Onward(self._embed, lambda at, hidden: forward_block(model, at, hidden, 1))
+        self._prefix = Onward(
+            self._embed, lambda at, hidden: forward_block(model, at, hidden, 1, read_factors(stored(at)))
+        )
 
     def inputs(self, index: int) -> list[Path]:
         """The captured files that block ``index`` depends on."""
@@ -64,15 +72,21 @@ class Update:
         if settings.method in SVD_LLM or (settings.method == "two_sided" and self.anchored):
             identity += self.damping
         if self.in_order:
-            identity.append(read_json(artifact("calibrate") / "calibrate.json")["calibration"]["tokens_sha256"])
+            tokens = read_json(artifact("calibrate") / "calibrate.json")
+            identity += [settings.windows, tokens["calibration"]["tokens_sha256"]]
         if settings.method == "ipca":
-            identity += [settings.ipca, settings.ipca_windows]
-        return [*identity, settings.anchor] if self.anchored else identity
+            identity.append(settings.ipca)
+        if self.anchored:
+            identity.append(settings.anchor)
+        if settings.block_refinement.steps:
+            identity += [settings.block_refinement, tokens["validation"]["tokens_sha256"], self.seed]
+        return identity
 
     def factors(self, index: int, ranks: Ranks, folder: Path) -> None:
         """Write LINEAR.left and LINEAR.right, float32, of block ``index``.
 
-        Its metadata holds per linear the relative error of the output and, where a Gram was damped, the damping used.
+        Its metadata holds per linear the relative error of the output and, where a Gram was damped, the damping used;
+        of a refined block its error on the validation windows before and after.
         """
         weights, input_of = self.model.weights(index), inputs_of(self.inputs(index)[0])
         owners = sorted({input_of[name] for name in ranks})
@@ -81,11 +95,16 @@ class Update:
         if self.anchored:
             targets = self._behind(index, weights, input_of)
         made, damping = self._make(index, *targets, input_of, ranks)
-        errors = {
+        facts: dict[str, dict[str, float]] = {"damping": damping}
+        if self.settings.block_refinement.steps and made:
+            made, before, after = self._refined(index, made)
+            block = self.model.names[index]
+            facts |= {"block_error_before": {block: before}, "block_error": {block: after}}
+        facts["relative_error"] = {
             name: weight_update.relative_error(weights[name], pair, grams[input_of[name]])
             for name, pair in made.items()
         }
-        write_factors(folder / f"{index:03}.safetensors", made, {"relative_error": errors, "damping": damping})
+        write_factors(folder / f"{index:03}.safetensors", made, facts)
 
     def _make(
         self,
@@ -110,7 +129,8 @@ class Update:
             )
         if method == "ipca":
             exact = self.settings.ipca == "exact"
-            return weight_update.ipca_factors(self.model, index, self._entering[index], ranks, exact=exact), {}
+            hidden = self._original[index][: self.settings.windows]
+            return weight_update.ipca_factors(self.model, index, hidden, ranks, exact=exact), {}
         if self.anchored:
             first, largest = self.damping
             own = {name: grams[input_of[name]] for name in ranks}
@@ -131,10 +151,9 @@ class Update:
         self, index: int, weights: Mapping[str, Tensor], input_of: Mapping[str, str]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weights to factorise behind the compressed blocks, and the Grams of the inputs there."""
-        anchor = self.settings.anchor
-        if self._prefix is None:
-            self._prefix = Prefix(self.model, load_windows(self.calibration)[: anchor.windows], self.stored)
-        moments = self._prefix.moments(index, input_of)
+        anchor, windows = self.settings.anchor, self.settings.windows
+        entering = (self._original[index][:windows], self._prefix[index][:windows])
+        moments = prefix_moments(self.model, index, input_of, *entering)
         targets: dict[str, Tensor] = {}
         for owner, found in moments.items():  # one solution for all that read one input
             names = [name for name in weights if input_of[name] == owner]
@@ -142,6 +161,25 @@ class Update:
             targets |= zip(names, together.split([len(weights[name]) for name in names]), strict=True)
         return targets, {owner: found.gram for owner, found in moments.items()}
 
+    def _refined(self, index: int, made: Mapping[str, Factors]) -> Refined:
+        settings, windows = self.settings.block_refinement, self.settings.windows
+        entering, leaving = self._prefix[index], self._original[index + 1]
+        training = Hidden(entering[:windows], leaving[:windows])
+        validation = Hidden(entering[windows:], leaving[windows:])
+        return refine_block(
+            self.model,
+            index,
+            made,
+            training,
+            validation,
+            steps=settings.steps,
+            learning_rate=settings.learning_rate,
+            seed=self.seed,
+        )
+
     def _embed(self) -> Tensor:
-        """Hidden states of the original model before its first block."""
-        return embedded(self.model, load_windows(self.calibration)[: self.settings.ipca_windows])
+        """Hidden states before the first block: of the calibration windows, then of the validation windows if used."""
+        windows = load_windows(self.calibrate / "calibration.parquet")[: self.settings.windows]
+        if self.settings.block_refinement.steps:
+            windows = torch.cat([windows, load_windows(self.calibrate / "validation.parquet")])
+        return embedded(self.model, windows)

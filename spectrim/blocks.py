@@ -16,10 +16,12 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spectrim.errors import ModelError, StorageError
+from spectrim.maths.lowrank import Factors
 from spectrim.modules import decoder_blocks, linears_by_block
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with besides the hidden states
@@ -184,6 +186,23 @@ def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def factored(linears: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> Iterator[None]:
+    """Let the linears named in ``factors`` compute y = (x rightᵀ) leftᵀ + bias for the length of the ``with``."""
+
+    def forward_of(module: nn.Linear, pair: Factors) -> Callable[[Tensor], Tensor]:
+        return lambda x: linear(linear(x, pair.right.to(x)), pair.left.to(x), module.bias)
+
+    for name, pair in factors.items():
+        module: Any = linears[name]
+        module.forward = forward_of(module, pair)
+    try:
+        yield
+    finally:
+        for name in factors:
+            del linears[name].forward
 
 
 @contextmanager

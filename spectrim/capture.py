@@ -18,7 +18,7 @@ from safetensors import safe_open
 from scipy.linalg.blas import ssyrk
 from torch import Tensor, nn
 
-from spectrim.blocks import BlockModel, hooked, observed
+from spectrim.blocks import BlockModel, factored, hooked, observed
 from spectrim.errors import NumericalError
 from spectrim.maths.losses import next_token_loss
 from spectrim.maths.lowrank import Factors, smaller_root, spectrum, two_sided
@@ -70,13 +70,10 @@ def forward_block(
 ) -> Tensor:
     """Hidden states (windows, seq, hidden) through block ``index``; no statistics. The result is on the CPU.
 
-    Linears named in ``factors`` compute with W' = left @ right; ``model`` is the same afterwards.
+    Linears named in ``factors`` compute with W' = left @ right.
     """
     output = torch.empty_like(hidden)
-    with model.resident(index):
-        for name, pair in (factors or {}).items():
-            weight = model.linears[index][name].weight
-            weight.copy_(pair.left.to(weight) @ pair.right.to(weight))
+    with model.resident(index), factored(model.linears[index], factors or {}):
         for part in batches(len(hidden), batch_size):
             output[part] = model.run(index, hidden[part].to(model.device)).cpu()
     return output

@@ -25,8 +25,8 @@ class Moments(NamedTuple):
 @torch.no_grad()
 def prefix_moments(
     model: BlockModel, index: int, input_of: Mapping[str, str], original: Tensor, behind: Tensor
-) -> tuple[dict[str, Moments], Tensor]:
-    """Input name -> its moments for block ``index``, and what leaves the block in the original model.
+) -> dict[str, Moments]:
+    """Input name -> its moments for block ``index``.
 
     Args:
         input_of: linear name -> the linear under whose name their common input stands.
@@ -38,10 +38,9 @@ def prefix_moments(
     owners = {name: module for name, module in model.linears[index].items() if name in set(input_of.values())}
     sums: dict[str, Moments] = {}
     seen: dict[str, Tensor] = {}
-    output = torch.empty_like(original)
     with model.resident(index), observed(owners, lambda name, x: seen.update({name: x.flatten(0, -2).float()})):
         for window in range(len(original)):
-            output[window] = model.run(index, original[window : window + 1].to(model.device))[0].cpu()
+            model.run(index, original[window : window + 1].to(model.device))
             before = dict(seen)
             model.run(index, behind[window : window + 1].to(model.device))
             for name, x in seen.items():
@@ -52,4 +51,4 @@ def prefix_moments(
                         "keep more of them (compression.ratio), or do not anchor (update_weights.anchor.alpha 0)"
                     )
                 sums[name] = Moments(*map(torch.add, sums[name], found)) if name in sums else found
-    return sums, output
+    return sums

@@ -28,11 +28,9 @@ from spectrim.maths.losses import divergence, token_loss
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import balance
 from spectrim.maths.sampling import in_rounds
+from spectrim.maths.schedule import BETAS, course
 from spectrim.modules import decoder_blocks, replace
 
-WARMUP = 0.06  # of the steps
-FLOOR = 0.05  # of the learning rate, at the last step
-BETAS = (0.9, 0.95)
 CLIP = 1.0  # norm of the gradient over all factors
 PARTS = ("parameter", "mean", "square")  # of a run's state
 POSITIONS = 128  # whose predictions are in memory at once: a vocabulary is 100 times as wide as the hidden states
@@ -207,10 +205,3 @@ def leaving(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, bool]:
         handle.remove()
     as_tuple = isinstance(left[0], tuple)
     return (left[0][0] if as_tuple else left[0]), as_tuple
-
-
-def course(step: int, steps: int) -> float:
-    """The learning rate at ``step`` of ``steps`` relative to its peak: linear warm-up, then half a cosine to FLOOR."""
-    warmup = max(1, round(WARMUP * steps))
-    descent = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    return min(1.0, (step + 1) / warmup) * descent

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import chain, factor_files, prefix_walk, refine, updates
+from pipeline import chain, factor_files, refine, updates
 from pipeline.artifacts import artifact, fresh_folder, read_json, require_model, sha256_file, write_json
 from pipeline.console import run
 from pipeline.devices import resolve
@@ -18,16 +18,26 @@ from pipeline.factor_files import read_facts
 from pipeline.layers import LayerTask, run_layers
 from pipeline.params import Params, load
 from pipeline.store import LayerStore, code_digest, key, link_or_copy
-from spectrim import blocks, capture, evaluation, lowrank_linear, modules, prefix, refinement, weight_update
-from spectrim.maths import anchoring, losses, lowrank, quantization, sampling, subspace, whitening
+from spectrim import (
+    block_refinement,
+    blocks,
+    capture,
+    evaluation,
+    lowrank_linear,
+    modules,
+    prefix,
+    refinement,
+    weight_update,
+)
+from spectrim.maths import anchoring, losses, lowrank, quantization, sampling, schedule, subspace, whitening
 
 UPDATES = (
-    *(updates, chain, prefix_walk, factor_files, blocks, capture, modules, prefix, weight_update),
-    *(anchoring, lowrank, subspace, whitening),
+    *(updates, chain, factor_files, block_refinement, blocks, capture, modules, prefix, weight_update),
+    *(anchoring, losses, lowrank, quantization, sampling, schedule, subspace, whitening),
 )
 REFINES = (
     *(refine, factor_files, refinement, blocks, capture, modules, lowrank_linear, evaluation),
-    *(losses, quantization, sampling),
+    *(losses, quantization, sampling, schedule),
 )
 
 
@@ -62,18 +72,19 @@ def _factors(params: Params, ranks: dict[str, int], device: torch.device, store:
     """The store's files of factors, one per block."""
     settings, damping = params.update_weights, (params.capture.damping, params.capture.max_damping)
     model = blocks.BlockModel(artifact("prepare"), device, tuple(params.compression.exclude))
-    calibration = artifact("calibrate", "calibration.parquet")
     tasks: list[LayerTask] = []
 
     def stored(index: int) -> Path:
         return store.path(tasks[index].key) / f"{index:03}.safetensors"
 
-    update = updates.Update(model, artifact("capture"), calibration, settings, damping, stored)
+    update = updates.Update(
+        model, artifact("capture"), artifact("calibrate"), settings, damping, params.compression.seed, stored
+    )
     code = code_digest(*UPDATES)
     for index, block in enumerate(model.names):
         wanted = {name: ranks[name] for name in model.linears[index] if name in ranks}
         upstream = [sha256_file(file) for file in update.inputs(index)]
-        before = tasks[-1].key if update.anchored and tasks else ""  # the blocks before it decide its inputs
+        before = tasks[-1].key if update.behind and tasks else ""  # the blocks before it decide its inputs
         identity = (code, wanted, upstream, str(device), before, *update.identity())
         tasks.append(LayerTask(block, key("update_weights", block, *identity), partial(update.factors, index, wanted)))
     run_layers("update_weights", tasks, params.runtime, store, ordered=update.in_order)
@@ -103,11 +114,11 @@ def _refined(params: Params, device: torch.device, files: list[Path], store: Lay
 
 
 def _facts(files: list[Path]) -> dict[str, dict[str, float]]:
-    """Relative output error and damping of every linear before refinement, from the files' metadata."""
+    """Relative output error and damping of every linear before refinement, and the errors of refined blocks."""
     facts: dict[str, dict[str, float]] = {"relative_error": {}, "damping": {}}
     for file in files:
         for fact, values in read_facts(file).items():
-            facts[fact] |= values
+            facts.setdefault(fact, {}).update(values)
     return facts
 
 

@@ -60,14 +60,15 @@ REFUSED: dict[str, list[Any]] = {
     "train_ranks.taylor_threshold": [0, 1, 1.5],
     "update_weights.method": ["gates", ""],
     "update_weights.anchor": [
-        {**ANCHOR, key: value}
-        for key, value in (
-            *(("alpha", -0.1), ("alpha", 1.5), ("windows", 0), ("windows", 10**6)),
-            *(("damping", 0), ("gamma", 1.0)),
-        )
+        {**ANCHOR, key: value} for key, value in (*(("alpha", -0.1), ("alpha", 1.5), ("damping", 0), ("gamma", 1.0)),)
     ],
     "update_weights.ipca": ["batch"],
-    "update_weights.ipca_windows": [0, 10**6],
+    "update_weights.windows": [0, 10**6],
+    "update_weights.block_refinement": [
+        {"steps": -1, "learning_rate": 1e-4},
+        {"steps": 0, "learning_rate": 0.0},
+        {"steps": 0, "learning_rate": 1e-4, "seq_len": 8},
+    ],
     "update_weights.refinement": [
         {**REFINEMENT, key: value}
         for key, value in (
@@ -185,8 +186,7 @@ def test_values_that_contradict_each_other_are_reported_together(content: dict[s
         "capture.gradient_windows",
         "capture.gradient_seq_len",
         "train_ranks.seq_len",
-        "update_weights.anchor.windows",
-        "update_weights.ipca_windows",
+        "update_weights.windows",
         "update_weights.refinement.seq_len",
     }
 

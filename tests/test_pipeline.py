@@ -117,7 +117,8 @@ def check_result(project: Project) -> str:
             {
                 "remap__format": "int8",
                 "update_weights__method": "closed_form",
-                "update_weights__anchor": {"alpha": 0.5, "windows": 4, "damping": 1e-2},
+                "update_weights__anchor": {"alpha": 0.5, "damping": 1e-2},
+                "update_weights__block_refinement": {"steps": 4, "learning_rate": 1e-3},
                 "train_ranks__method": "svd_llm_v2",
             },
         ),

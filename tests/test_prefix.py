@@ -45,9 +45,8 @@ def test_moments_are_those_of_the_activations(family: str, model_folders: dict[s
     after = forward_block(model, 0, hidden, 1)
     behind = forward_block(model, 0, hidden, 1, factors(model, 0, 0.5))
     input_of = input_statistics(model, 1, after, 1)[1]
-    moments, output = prefix_moments(model, 1, input_of, after, behind)
+    moments = prefix_moments(model, 1, input_of, after, behind)
     assert set(moments) == set(input_of.values())
-    torch.testing.assert_close(output, forward_block(model, 1, after, 1))
     original, prefix = inputs(model, 1, after), inputs(model, 1, behind)
     for name, found in moments.items():
         for measured, expected in (

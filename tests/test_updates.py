@@ -9,14 +9,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from pipeline.factor_files import read_factors
 from pipeline.params import load
-from pipeline.prefix_walk import Prefix
-from pipeline.sections import Anchor, UpdateWeights
+from pipeline.sections import Anchor, BlockRefinement, UpdateWeights
 from pipeline.texts import load_windows
 from pipeline.updates import Update
 from spectrim.blocks import BlockModel
-from spectrim.capture import gram_of, inputs_of
+from spectrim.capture import embedded, forward_block, gram_of, inputs_of
 from spectrim.errors import SpectrimError
+from spectrim.prefix import prefix_moments
 from spectrim.weight_update import closed_form_factors, relative_error, svd_factors, svd_llm_factors
 from tests.tiny import Project
 
@@ -28,17 +29,24 @@ BLOCK = 1
 def update_of(
     project: Project,
     method: str,
-    calibration: Path | None = None,
+    calibrate: Path | None = None,
     damping: float = 1e-6,
     alpha: float = 0.0,
+    block_steps: int = 0,
     stored: Callable[[int], Path] = lambda index: Path(),
 ) -> Update:
     artifacts = project.folder / "artifacts"
     refinement = load(project.folder / "params.yaml").update_weights.refinement
-    anchor = Anchor(alpha=alpha, windows=4, damping=1e-2)
-    settings = UpdateWeights(method=method, anchor=anchor, ipca="exact", ipca_windows=4, refinement=refinement)
-    file = calibration or artifacts / "calibrate" / "calibration.parquet"
-    return Update(BlockModel(artifacts / "prepare"), artifacts / "capture", file, settings, (damping, 1e-2), stored)
+    settings = UpdateWeights(
+        method=method,
+        windows=4,
+        anchor=Anchor(alpha=alpha, damping=1e-2),
+        ipca="exact",
+        block_refinement=BlockRefinement(steps=block_steps, learning_rate=1e-3),
+        refinement=refinement,
+    )
+    model, folder = BlockModel(artifacts / "prepare"), calibrate or artifacts / "calibrate"
+    return Update(model, artifacts / "capture", folder, settings, (damping, 1e-2), 0, stored)
 
 
 def thirds(model: BlockModel, index: int = BLOCK) -> dict[str, int]:
@@ -118,10 +126,10 @@ def test_the_three_routes_to_the_optimum_agree_on_captured_grams(captured_llama:
 def test_only_ipca_reads_calibration_windows(
     method: str, written: dict[str, Any], captured_llama: Project, tmp_path: Path
 ) -> None:
-    update = update_of(captured_llama, method, calibration=tmp_path / "missing.parquet")
+    update = update_of(captured_llama, method, calibrate=tmp_path / "missing")
     if method == "ipca":
         assert update.in_order
-        with pytest.raises(SpectrimError, match=r"missing\.parquet"):
+        with pytest.raises(SpectrimError, match=r"missing/calibration\.parquet"):
             write(update, tmp_path)
     else:
         write(update, tmp_path)
@@ -139,6 +147,8 @@ def test_the_key_holds_what_the_method_depends_on(captured_llama: Project, monke
     for method in ("two_sided", "closed_form", "svd_llm", "svd_llm_v2"):
         half, whole = (update_of(captured_llama, method, alpha=alpha) for alpha in (0.5, 1.0))
         assert identities[method] != half.identity() != whole.identity() and half.in_order
+        trained, longer = (update_of(captured_llama, method, block_steps=steps) for steps in (2, 3))
+        assert identities[method] != trained.identity() != longer.identity() and trained.in_order
     assert [file.parent.name for file in update_of(captured_llama, "two_sided", alpha=1.0).inputs(0)] == [
         "inputs",
         "gradients",
@@ -162,9 +172,10 @@ def test_anchored_factors_bring_back_what_the_prefix_lost(
     tensors, facts = write(update, tmp_path)
     assert set(facts["damping"]) == (set(thirds(update.model)) if method in DAMPED else set())
     windows = load_windows(captured_llama.folder / "artifacts" / "calibrate" / "calibration.parquet")[:4]
-    walk = Prefix(update.model, windows, lambda index: first_block)
+    hidden = embedded(update.model, windows)
+    entering = [forward_block(update.model, 0, hidden, 1, read) for read in (None, read_factors(first_block))]
     input_of = inputs_of(captured_llama.folder / "artifacts" / "capture" / "inputs" / f"{BLOCK:03}.safetensors")
-    moments = walk.moments(BLOCK, input_of)
+    moments = prefix_moments(update.model, BLOCK, input_of, *entering)
 
     def error(weight: torch.Tensor, factors: dict[str, torch.Tensor], name: str) -> float:
         """‖Y‖² is left out: it is the same for both."""
@@ -176,19 +187,33 @@ def test_anchored_factors_bring_back_what_the_prefix_lost(
         assert error(weight.double(), tensors, name) < error(weight.double(), written[method][0], name), name
 
 
-def test_an_anchored_update_goes_on_from_the_blocks_that_are_done(
-    first_block: Path, captured_llama: Project, tmp_path: Path
+@pytest.mark.parametrize("options", [{"alpha": 0.5}, {"block_steps": 3}])
+def test_an_update_behind_blocks_goes_on_from_those_that_are_done(
+    options: dict[str, Any], first_block: Path, captured_llama: Project, tmp_path: Path
 ) -> None:
     """A killed run walks again through what it had finished, and ends in the same bytes."""
     (tmp_path / "whole").mkdir()
     (tmp_path / "resumed").mkdir()
-    whole = update_of(captured_llama, "two_sided", alpha=0.5, stored=lambda index: tmp_path / "whole/000.safetensors")
+    stored = tmp_path / "whole/000.safetensors"
+    whole = update_of(captured_llama, "two_sided", **options, stored=lambda index: stored)
     whole.factors(0, thirds(whole.model, 0), tmp_path / "whole")
     whole.factors(BLOCK, thirds(whole.model), tmp_path / "whole")
-    resumed = update_of(captured_llama, "two_sided", alpha=0.5, stored=whole.stored)
+    resumed = update_of(captured_llama, "two_sided", **options, stored=lambda index: stored)
     resumed.factors(BLOCK, thirds(resumed.model), tmp_path / "resumed")
     file = f"{BLOCK:03}.safetensors"
     assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "resumed" / file).read_bytes()
-    other = update_of(captured_llama, "two_sided", alpha=0.5, stored=lambda index: first_block)
+    other = update_of(captured_llama, "two_sided", **options, stored=lambda index: first_block)
     other.factors(BLOCK, thirds(other.model), tmp_path)
     assert (tmp_path / file).read_bytes() != (tmp_path / "whole" / file).read_bytes()
+
+
+def test_a_refined_block_comes_closer_to_the_original(
+    written: dict[str, Any], first_block: Path, captured_llama: Project, tmp_path: Path
+) -> None:
+    update = update_of(captured_llama, "two_sided", block_steps=24, stored=lambda index: first_block)
+    tensors, facts = write(update, tmp_path)
+    (block,) = facts["block_error"]
+    assert block == update.model.names[BLOCK]
+    assert facts["block_error"][block] < facts["block_error_before"][block]
+    assert set(tensors) == set(written["two_sided"][0])
+    assert any(not torch.equal(tensors[name], written["two_sided"][0][name]) for name in tensors)

@@ -131,13 +131,12 @@ def tiny_params(model_source: str, text_source: str) -> dict[str, Any]:
     splits = {"calibration": 0.6, "validation": 0.2, "test": 0.2}
     params["data"] = {"corpus": {"source": text_source, "sha256": None, "column": "text", "splits": splits}}
     refinement = {**params["update_weights"]["refinement"], "steps": 4, "seq_len": 24, "validate_every": 2}
-    anchor = {**params["update_weights"]["anchor"], "windows": 4}
     small: dict[str, dict[str, Any]] = {
         "runtime": {"engine": "inline", "workers": 2, "device": "cpu"},
         "calibrate": {"seq_len": 32, "calibration_windows": 12, "validation_windows": 2, "test_windows": 3},
         "capture": {"gradient_windows": 6, "gradient_seq_len": 24},
         "train_ranks": {"steps": 3, "seq_len": 16},
-        "update_weights": {"ipca_windows": 4, "anchor": anchor, "refinement": refinement},
+        "update_weights": {"windows": 4, "refinement": refinement},
         "baseline": {"group_size": 16},
         "evaluate": {"new_tokens": 4, "speed_prefill_tokens": 16, "speed_decode_tokens": 2, "speed_repeats": 1},
     }
