@@ -28,7 +28,7 @@ def main() -> None:
     What was rendered before is taken from the store: DVC keeps no run cache for files that git holds.
     """
     params, store, reports = load(), LayerStore(), Path("reports")
-    sources = [sha256_file(file) for file in (METRICS, RANKS, CALIBRATE, SPECTRA, *CURVES)]
+    sources = [sha256_file(file) for file in (RANKS, CALIBRATE, SPECTRA, *CURVES, METRICS)]
     values = [params.report, params.model, params.compression, params.train_ranks, params.update_weights, params.remap]
     code = [
         code_digest(figures, matrices, report, tables, budget),

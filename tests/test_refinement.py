@@ -11,7 +11,7 @@ from spectrim.maths.losses import divergence as mean_divergence
 from spectrim.maths.losses import next_token_loss
 from spectrim.maths.lowrank import Factors
 from spectrim.modules import compressible_linears
-from spectrim.refinement import FLOOR, Refinement, attach, checkpoint_blocks, course, leaving
+from spectrim.refinement import Refinement, attach, checkpoint_blocks, leaving
 from tests import reference, tiny
 
 WINDOWS = torch.randint(2, 200, (6, 16), generator=torch.Generator().manual_seed(1))
@@ -158,13 +158,6 @@ def test_every_window_comes_before_any_comes_again() -> None:
     run = refinement()
     assert sorted(run._order[:6].tolist()) == sorted(run._order[6:].tolist()) == list(range(6))
     assert run._order[:6].tolist() != run._order[6:].tolist()
-
-
-def test_the_rate_rises_then_falls() -> None:
-    rates = [course(step, 100) for step in range(100)]
-    peak = rates.index(max(rates))
-    assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert 0.95 < max(rates) <= 1 and rates[-1] == pytest.approx(FLOOR, abs=0.01) and 0 < rates[0] < 0.2
 
 
 def test_a_diverged_run_says_so() -> None:
