@@ -134,12 +134,12 @@ def _contradictions(values: Mapping[str, Any], texts: Mapping[str, Text] | None)
     for key, limit in AT_MOST.items():
         if key in values and limit in values and values[key] > values[limit]:
             yield f"{key}: {values[key]} is more than {limit} = {values[limit]}"
-    unanchored = {"svd", "asvd", "ipca"}
-    if values.get("update_weights.anchor.alpha", 0) > 0 and values.get("update_weights.method") in unanchored:
-        yield (
-            f"update_weights.anchor.alpha: {values['update_weights.anchor.alpha']} with method "
-            f"{values['update_weights.method']}, which has no use for the inputs' Gram; set it to 0"
-        )
+    for key in ("update_weights.anchor.alpha", "update_weights.shrinkage"):
+        if values.get("update_weights.method") in {"svd", "asvd", "ipca"} and any(values.get(key, ())):
+            yield (
+                f"{key}: {values[key]} with method {values['update_weights.method']}, which has no use for the inputs' "
+                "Gram; set it to [0.0]"
+            )
     if values.get("train_ranks.method") == "file" and values.get("train_ranks.file", "") is None:
         yield "train_ranks.file: null; method file needs the path of a ranks.json or of a rank file of Dobi-SVD"
     for split in SPLITS:

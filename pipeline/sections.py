@@ -35,6 +35,7 @@ AtLeast1 = Annotated[int, Field(ge=1)]
 AtLeast2 = Annotated[int, Field(ge=2)]
 Positive = Annotated[float, Field(gt=0)]
 Kept = Annotated[float, Field(gt=0, le=1)]
+Shares = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Source = Annotated[NonEmpty, AfterValidator(_source)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -174,11 +175,11 @@ class Refinement:
 class Anchor:
     """Inputs from behind the compressed blocks.
 
-    ``alpha``: share of the original outputs in the targets; 0: not anchored. ``damping``: pull towards the original
-    weight, relative to the mean diagonal of the inputs' Gram.
+    ``alpha``: shares of the original outputs in the targets, each a variant; 0: not anchored. ``damping``: pull
+    towards the original weight, relative to the mean diagonal of the inputs' Gram.
     """
 
-    alpha: Annotated[float, Field(ge=0, le=1)]
+    alpha: Shares
     damping: Positive
 
 
@@ -197,10 +198,12 @@ class UpdateWeights:
     """The metric whose optimum the factors are, or Dobi-SVD's IPCA; how they are fitted and trained from there.
 
     ``windows``: calibration windows that `ipca`, ``anchor`` and ``block_refinement`` walk through the blocks.
+    ``shrinkage``: shares of the identity in the Grams, each a variant.
     """
 
     method: Literal["two_sided", "closed_form", "svd", "asvd", "svd_llm", "svd_llm_v2", "ipca"]
     windows: AtLeast1
+    shrinkage: Shares
     anchor: Anchor
     ipca: Literal["incremental", "exact"]
     block_refinement: BlockRefinement

@@ -1,6 +1,7 @@
 """One block of `update_weights`: the factors by the chosen method, and how far they are from the original output."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +20,25 @@ from spectrim.blocks import BlockModel
 from spectrim.capture import abs_mean_of, embedded, forward_block, gradient_gram_of, gram_of, inputs_of
 from spectrim.maths.anchoring import anchored
 from spectrim.maths.lowrank import Factors
+from spectrim.maths.shrinkage import shrunk
 from spectrim.prefix import prefix_moments
 
 Ranks = Mapping[str, int]
 Made = tuple[dict[str, Factors], dict[str, float]]
 SVD_LLM: dict[str, Literal["cholesky", "two_svds"]] = {"svd_llm": "cholesky", "svd_llm_v2": "two_svds"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the choices that are measured on the validation windows: ``anchor.alpha`` and the Grams' ``shrinkage``."""
+
+    alpha: float
+    shrinkage: float
+
+    @property
+    def name(self) -> str:
+        """As it stands in summary.json."""
+        return f"alpha {self.alpha:g}, shrinkage {self.shrinkage:g}"
 
 
 class Update:
@@ -42,13 +57,16 @@ class Update:
         captured: Path,
         calibrate: Path,
         settings: UpdateWeights,
+        variant: Variant,
         damping: tuple[float, float],
         seed: int,
         stored: Callable[[int], Path],
     ) -> None:
         self.model, self.captured, self.calibrate = model, captured, calibrate
-        self.settings, self.damping, self.seed = settings, damping, seed
-        self.anchored = settings.anchor.alpha > 0
+        self.settings, self.variant, self.damping, self.seed = settings, variant, damping, seed
+        self.anchored = variant.alpha > 0
+        # two-sided factors that `capture` has not made
+        self.anew = settings.method == "two_sided" and (self.anchored or variant.shrinkage > 0)
         self.behind = self.anchored or settings.block_refinement.steps > 0  # needs the blocks before it compressed
         self.in_order = self.behind or settings.method == "ipca"
         # What enters each block in the original model, and behind the compressed blocks. In memory alone: a killed run
@@ -62,14 +80,14 @@ class Update:
         """The captured files that block ``index`` depends on."""
         folders = ["inputs"]
         if self.settings.method == "two_sided":
-            folders.append("gradients" if self.anchored else "factors")
+            folders.append("gradients" if self.anew else "factors")
         return [self.captured / folder / f"{index:03}.safetensors" for folder in folders]
 
     def identity(self) -> list[Any]:
         """What else the factors depend on."""
         settings = self.settings
         identity = [read_json(artifact("prepare") / "prepare.json")["model_sha256"], settings.method]
-        if settings.method in SVD_LLM or (settings.method == "two_sided" and self.anchored):
+        if settings.method in SVD_LLM or self.anew:
             identity += self.damping
         if self.in_order:
             tokens = read_json(artifact("calibrate") / "calibrate.json")
@@ -77,7 +95,9 @@ class Update:
         if settings.method == "ipca":
             identity.append(settings.ipca)
         if self.anchored:
-            identity.append(settings.anchor)
+            identity += [self.variant.alpha, settings.anchor.damping]
+        if self.variant.shrinkage:
+            identity.append({"shrinkage": self.variant.shrinkage})
         if settings.block_refinement.steps:
             identity += [settings.block_refinement, tokens["validation"]["tokens_sha256"], self.seed]
         return identity
@@ -91,10 +111,9 @@ class Update:
         weights, input_of = self.model.weights(index), inputs_of(self.inputs(index)[0])
         owners = sorted({input_of[name] for name in ranks})
         grams = {owner: gram_of(self.captured, index, owner).to(self.model.device) for owner in owners}
-        targets = (weights, grams)
-        if self.anchored:
-            targets = self._behind(index, weights, input_of)
-        made, damping = self._make(index, *targets, input_of, ranks)
+        targets, metrics = self._behind(index, weights, input_of) if self.anchored else (weights, grams)
+        metrics = {owner: shrunk(gram, self.variant.shrinkage) for owner, gram in metrics.items()}
+        made, damping = self._make(index, targets, metrics, input_of, ranks)
         facts: dict[str, dict[str, float]] = {"damping": damping}
         if self.settings.block_refinement.steps and made:
             made, before, after = self._refined(index, made)
@@ -131,14 +150,18 @@ class Update:
             exact = self.settings.ipca == "exact"
             hidden = self._original[index][: self.settings.windows]
             return weight_update.ipca_factors(self.model, index, hidden, ranks, exact=exact), {}
-        if self.anchored:
+        if self.anew:
             first, largest = self.damping
             own = {name: grams[input_of[name]] for name in ranks}
-            gradient_grams = {name: gradient_gram_of(self.captured, index, name).to(device) for name in ranks}
+            gradient_grams = {name: self._gradient_gram(index, name) for name in ranks}
             return weight_update.two_sided_factors(
                 weights, own, gradient_grams, ranks, damping=first, max_damping=largest
             )
         return self._captured(index, ranks)
+
+    def _gradient_gram(self, index: int, name: str) -> Tensor:
+        gram = gradient_gram_of(self.captured, index, name).to(self.model.device)
+        return shrunk(gram, self.variant.shrinkage)
 
     def _captured(self, index: int, ranks: Ranks) -> Made:
         """The captured factors, cut; their damping is that of the side which `capture` decomposed."""
@@ -157,7 +180,8 @@ class Update:
         targets: dict[str, Tensor] = {}
         for owner, found in moments.items():  # one solution for all that read one input
             names = [name for name in weights if input_of[name] == owner]
-            together = anchored(torch.cat([weights[name] for name in names]), *found, anchor.alpha, anchor.damping)
+            stacked = torch.cat([weights[name] for name in names])
+            together = anchored(stacked, *found, self.variant.alpha, anchor.damping)
             targets |= zip(names, together.split([len(weights[name]) for name in names]), strict=True)
         return targets, {owner: found.gram for owner, found in moments.items()}
 

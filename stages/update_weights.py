@@ -1,7 +1,7 @@
 """The factors of every matrix at its rank, and their refinement.
 
 reads   artifacts/prepare, artifacts/capture, artifacts/train_ranks/ranks.json, artifacts/calibrate
-writes  artifacts/update_weights: one file of factors per block, refinement.csv, summary.json (errors, damping used)
+writes  artifacts/update_weights: one file of factors per block, refinement.csv, summary.json (errors, variants)
 params  update_weights, compression.{exclude,seed}, capture.{damping,max_damping}
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import chain, factor_files, refine, updates
+from pipeline import chain, factor_files, refine, updates, variants
 from pipeline.artifacts import artifact, fresh_folder, read_json, require_model, sha256_file, write_json
 from pipeline.console import run
 from pipeline.devices import resolve
@@ -18,6 +18,7 @@ from pipeline.factor_files import read_facts
 from pipeline.layers import LayerTask, run_layers
 from pipeline.params import Params, load
 from pipeline.store import LayerStore, code_digest, key, link_or_copy
+from pipeline.updates import Variant
 from spectrim import (
     block_refinement,
     blocks,
@@ -29,11 +30,11 @@ from spectrim import (
     refinement,
     weight_update,
 )
-from spectrim.maths import anchoring, losses, lowrank, quantization, sampling, schedule, subspace, whitening
+from spectrim.maths import anchoring, losses, lowrank, quantization, sampling, schedule, shrinkage, subspace, whitening
 
 UPDATES = (
     *(updates, chain, factor_files, block_refinement, blocks, capture, modules, prefix, weight_update),
-    *(anchoring, losses, lowrank, quantization, sampling, schedule, subspace, whitening),
+    *(anchoring, losses, lowrank, quantization, sampling, schedule, shrinkage, subspace, whitening),
 )
 REFINES = (
     *(refine, factor_files, refinement, blocks, capture, modules, lowrank_linear, evaluation),
@@ -42,7 +43,7 @@ REFINES = (
 
 
 def main() -> None:
-    """Compute the factors of every block, then refine them together."""
+    """Compute the factors of every block, choose among the variants, then refine all factors together."""
     params, store, device = load(), LayerStore(), resolve(load().runtime.device)
     settings = params.update_weights
     require_model(artifact("prepare"))
@@ -51,7 +52,13 @@ def main() -> None:
         for name, matrix in read_json(artifact("train_ranks") / "ranks.json")["matrices"].items()
         if matrix["format"] != "dense"
     }
-    files = _factors(params, ranks, device, store)
+    choices = [Variant(alpha, share) for alpha in settings.anchor.alpha for share in settings.shrinkage]
+    made = {variant.name: _factors(params, ranks, device, store, variant) for variant in choices}
+    losses, chosen = {}, choices[0].name
+    if len(made) > 1 and ranks:
+        losses = variants.validation_losses(artifact("prepare"), artifact("calibrate"), device, made)
+        chosen = min(losses, key=lambda name: losses[name])
+    files = made[chosen]
     refined = _refined(params, device, files, store) if settings.refinement.steps and ranks else None
     with fresh_folder(artifact("update_weights")) as out:
         for folder in [refined] if refined else [file.parent for file in files]:
@@ -62,14 +69,18 @@ def main() -> None:
             out / "summary.json",
             {
                 "method": settings.method,
+                "chosen": chosen,
+                "validation_loss": losses,
                 **_facts(files),
                 "refinement": read_json(refined / refine.SUMMARY) if refined else None,
             },
         )
 
 
-def _factors(params: Params, ranks: dict[str, int], device: torch.device, store: LayerStore) -> list[Path]:
-    """The store's files of factors, one per block."""
+def _factors(
+    params: Params, ranks: dict[str, int], device: torch.device, store: LayerStore, variant: Variant
+) -> list[Path]:
+    """The store's files of one variant's factors, one per block."""
     settings, damping = params.update_weights, (params.capture.damping, params.capture.max_damping)
     model = blocks.BlockModel(artifact("prepare"), device, tuple(params.compression.exclude))
     tasks: list[LayerTask] = []
@@ -77,9 +88,8 @@ def _factors(params: Params, ranks: dict[str, int], device: torch.device, store:
     def stored(index: int) -> Path:
         return store.path(tasks[index].key) / f"{index:03}.safetensors"
 
-    update = updates.Update(
-        model, artifact("capture"), artifact("calibrate"), settings, damping, params.compression.seed, stored
-    )
+    folders, seed = (artifact("capture"), artifact("calibrate")), params.compression.seed
+    update = updates.Update(model, *folders, settings, variant, damping, seed, stored)
     code = code_digest(*UPDATES)
     for index, block in enumerate(model.names):
         wanted = {name: ranks[name] for name in model.linears[index] if name in ranks}

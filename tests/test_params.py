@@ -64,6 +64,7 @@ REFUSED: dict[str, list[Any]] = {
     ],
     "update_weights.ipca": ["batch"],
     "update_weights.windows": [0, 10**6],
+    "update_weights.shrinkage": [[], [-0.1], [0.0, 1.1], 0.1],
     "update_weights.block_refinement": [
         {"steps": -1, "learning_rate": 1e-4},
         {"steps": 0, "learning_rate": 0.0},
@@ -223,13 +224,14 @@ def test_a_split_that_no_text_has_is_reported(split: str, content: dict[str, Any
 
 
 @pytest.mark.parametrize("method", ["svd", "asvd", "ipca"])
-def test_only_what_uses_the_inputs_gram_can_be_anchored(
+def test_only_what_uses_the_inputs_gram_can_be_anchored_or_shrunk(
     method: str, content: dict[str, Any], problems: Problems
 ) -> None:
-    content["update_weights"]["anchor"]["alpha"] = 0.5
-    content["update_weights"]["method"] = method
+    content["update_weights"] |= {"method": method, "shrinkage": [0.0, 0.1]}
+    content["update_weights"]["anchor"]["alpha"] = [0.5]
     assert problems(content) == [
-        f"update_weights.anchor.alpha: 0.5 with method {method}, which has no use for the inputs' Gram; set it to 0"
+        f"update_weights.{key} with method {method}, which has no use for the inputs' Gram; set it to [0.0]"
+        for key in ("anchor.alpha: [0.5]", "shrinkage: [0.0, 0.1]")
     ]
 
 

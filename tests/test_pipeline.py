@@ -117,7 +117,8 @@ def check_result(project: Project) -> str:
             {
                 "remap__format": "int8",
                 "update_weights__method": "closed_form",
-                "update_weights__anchor": {"alpha": 0.5, "damping": 1e-2},
+                "update_weights__anchor": {"alpha": [0.0, 0.5], "damping": 1e-2},
+                "update_weights__shrinkage": [0.0, 0.1],
                 "update_weights__block_refinement": {"steps": 4, "learning_rate": 1e-3},
                 "train_ranks__method": "svd_llm_v2",
             },
@@ -133,6 +134,10 @@ def test_every_family_goes_through_all_stages(
         project.stage(stage)
     check_result(project)
     assert (project.folder / "reports" / "report.md").read_text(encoding="utf-8").count("corpus")
+    summary = read(project.folder / "artifacts" / "update_weights" / "summary.json")
+    losses = summary["validation_loss"]
+    assert len(set(losses.values())) == len(losses) == (4 if family == "qwen2" else 0)
+    assert not losses or summary["chosen"] == min(losses, key=lambda name: losses[name])
 
 
 @pytest.mark.parametrize("stage", [stage for stage in tiny.STAGES if stage != "prepare"])

@@ -13,7 +13,7 @@ from pipeline.factor_files import read_factors
 from pipeline.params import load
 from pipeline.sections import Anchor, BlockRefinement, UpdateWeights
 from pipeline.texts import load_windows
-from pipeline.updates import Update
+from pipeline.updates import Update, Variant
 from spectrim.blocks import BlockModel
 from spectrim.capture import embedded, forward_block, gram_of, inputs_of
 from spectrim.errors import SpectrimError
@@ -32,6 +32,7 @@ def update_of(
     calibrate: Path | None = None,
     damping: float = 1e-6,
     alpha: float = 0.0,
+    shrinkage: float = 0.0,
     block_steps: int = 0,
     stored: Callable[[int], Path] = lambda index: Path(),
 ) -> Update:
@@ -40,13 +41,14 @@ def update_of(
     settings = UpdateWeights(
         method=method,
         windows=4,
-        anchor=Anchor(alpha=alpha, damping=1e-2),
+        shrinkage=[shrinkage],
+        anchor=Anchor(alpha=[alpha], damping=1e-2),
         ipca="exact",
         block_refinement=BlockRefinement(steps=block_steps, learning_rate=1e-3),
         refinement=refinement,
     )
     model, folder = BlockModel(artifacts / "prepare"), calibrate or artifacts / "calibrate"
-    return Update(model, artifacts / "capture", folder, settings, (damping, 1e-2), 0, stored)
+    return Update(model, artifacts / "capture", folder, settings, Variant(alpha, shrinkage), (damping, 1e-2), 0, stored)
 
 
 def thirds(model: BlockModel, index: int = BLOCK) -> dict[str, int]:
@@ -147,12 +149,13 @@ def test_the_key_holds_what_the_method_depends_on(captured_llama: Project, monke
     for method in ("two_sided", "closed_form", "svd_llm", "svd_llm_v2"):
         half, whole = (update_of(captured_llama, method, alpha=alpha) for alpha in (0.5, 1.0))
         assert identities[method] != half.identity() != whole.identity() and half.in_order
+        little, much = (update_of(captured_llama, method, shrinkage=share) for share in (0.1, 0.2))
+        assert identities[method] != little.identity() != much.identity() and not little.in_order
         trained, longer = (update_of(captured_llama, method, block_steps=steps) for steps in (2, 3))
         assert identities[method] != trained.identity() != longer.identity() and trained.in_order
-    assert [file.parent.name for file in update_of(captured_llama, "two_sided", alpha=1.0).inputs(0)] == [
-        "inputs",
-        "gradients",
-    ]
+    for options in ({"alpha": 1.0}, {"shrinkage": 0.1}):
+        files = update_of(captured_llama, "two_sided", **options).inputs(0)
+        assert [file.parent.name for file in files] == ["inputs", "gradients"]
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +220,22 @@ def test_a_refined_block_comes_closer_to_the_original(
     assert facts["block_error"][block] < facts["block_error_before"][block]
     assert set(tensors) == set(written["two_sided"][0])
     assert any(not torch.equal(tensors[name], written["two_sided"][0][name]) for name in tensors)
+
+
+@pytest.mark.parametrize("method", ["two_sided", "closed_form", "svd_llm", "svd_llm_v2"])
+def test_shrinkage_goes_from_the_metric_to_none(
+    method: str, written: dict[str, Any], captured_llama: Project, tmp_path: Path
+) -> None:
+    """A little changes little, and the whole way leaves the plain SVD of the weight."""
+    weights = BlockModel(captured_llama.folder / "artifacts" / "prepare").weights(BLOCK)
+    products = {}
+    for share in (1e-9, 0.5, 1.0):
+        tensors, _ = write(update_of(captured_llama, method, shrinkage=share), tmp_path)
+        products[share] = {name: tensors[f"{name}.left"] @ tensors[f"{name}.right"] for name in weights}
+    plain, captured = (written[which][0] for which in ("svd", method))
+    for name in weights:
+        expected = {1e-9: captured, 1.0: plain}
+        for share, found in expected.items():
+            product = found[f"{name}.left"] @ found[f"{name}.right"]
+            torch.testing.assert_close(products[share][name], product, rtol=1e-3, atol=1e-4)
+            assert not torch.allclose(products[0.5][name], product, rtol=1e-2, atol=1e-4), (share, name)
