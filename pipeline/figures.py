@@ -50,7 +50,7 @@ TRAINED = {
     "ratio": ("Soft ratio of the gates", "bytes kept / 16-bit bytes"),
     "width": ("Width of the gates", "in units of the full rank"),
 }
-REFINED = {"validation_loss": "Loss on validation windows", "loss": "Training loss since the last measurement"}
+REFINED = {"validation_loss": "Loss on validation windows", "loss": "Training loss of each step"}
 MAX_ANNOTATED_LAYERS = 48
 MAX_DRAWN_LAYERS = 10
 MAX_DRAWN_POINTS = 100
@@ -183,11 +183,12 @@ def training_figure(curve: "Mapping[str, np.ndarray]", ratio: float) -> "Figure"
 
 @_drawn("refinement")
 def refinement_figure(curve: "Mapping[str, np.ndarray]") -> "Figure":
-    """The validation loss by step, and the mean training loss between measurements; columns of refinement.csv."""
+    """The validation loss where it was measured, and the training loss of each step; columns of refinement.csv."""
     figure = _figure(11, 2.7)
     panels = figure.subplots(1, 2, gridspec_kw={"wspace": 0.06})
     for axes, (name, title) in zip(panels, REFINED.items(), strict=True):
-        axes.plot(curve["step"], curve[name], color=ACCENT, linewidth=2, marker="o", markersize=4)
+        there = curve[name] == curve[name]  # NaN: nothing measured at that step
+        axes.plot(curve["step"][there], curve[name][there], color=ACCENT, linewidth=2, marker="o", markersize=4)
         axes.set(title=title, xlabel="step", ylabel="nats per token")
         axes.margins(y=0.15)
         axes.grid()

@@ -64,16 +64,14 @@ def kept_note(ranks: Mapping[str, Any]) -> str | None:
 
 def refined_note(curve: "Mapping[str, np.ndarray]") -> str:
     """What the refinement brought on the validation windows, or that there was none."""
-    losses = list(curve.get("validation_loss", ()))
-    if not losses:
+    losses = zip(curve.get("validation_loss", ()), curve.get("step", ()), strict=True)
+    measured = [(loss, int(step)) for loss, step in losses if loss == loss]  # NaN: a step that was not measured
+    if not measured:
         return "The factors were not refined."
-    best = losses.index(min(losses))
-    if best == 0:
-        return f"No measurement was better than the start ({losses[0]:.4f} nats per token): nothing was kept of it."
-    steps = int(curve["step"][best])
-    return (
-        f"Validation loss {losses[0]:.4f} → {losses[best]:.4f} nats per token; the factors of step {steps} were kept."
-    )
+    (before, _), (after, step) = measured[0], min(measured)
+    if (after, step) == measured[0]:
+        return f"No measurement was better than the start ({before:.4f} nats per token): nothing was kept of it."
+    return f"Validation loss {before:.4f} → {after:.4f} nats per token; the factors of step {step} were kept."
 
 
 def update_note(summary: Mapping[str, Any]) -> str | None:

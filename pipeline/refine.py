@@ -8,7 +8,7 @@ import csv
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,14 +33,14 @@ BEST = "best.safetensors"
 
 @dataclass(frozen=True)
 class Point:
-    """One line of the curve: the mean loss of the steps since the last line, and the validation loss, nats per token.
+    """One step of the curve: its training loss, and where it was measured the validation loss after it, nats per token.
 
     ``loss`` of step 0 is that of nothing, and empty.
     """
 
     step: int
     loss: float | None
-    validation_loss: float
+    validation_loss: float | None
 
 
 class Refine:
@@ -93,15 +93,16 @@ class Refine:
         )
         self._resume(run)
         if not self.curve:
-            self._measure(run, validation, None)
+            self.curve.append(Point(run.step, None, None))
+            self._measure(run, validation)
         with bar("update_weights: refinement", settings.steps, initial=run.step, unit="step") as progress:
             while not self._ended(run.step):
-                losses = []
                 for _ in range(min(settings.validate_every, settings.steps - run.step)):
-                    losses.append(run.advance())
-                    progress.set_postfix(loss=f"{losses[-1]:.4f}", validation=f"{self.curve[-1].validation_loss:.4f}")
+                    loss, before = run.advance(), self._measured()[-1][1]
+                    self.curve.append(Point(run.step, loss, None))
+                    progress.set_postfix(loss=f"{loss:.4f}", validation=f"{before:.4f}")
                     progress.update()
-                self._measure(run, validation, math.fsum(losses) / len(losses))
+                self._measure(run, validation)
                 self._keep(run)
         self._write(folder)
 
@@ -110,24 +111,28 @@ class Refine:
         for step in self._snapshots():
             shutil.rmtree(self.store.path(self._key(step)), ignore_errors=True)
 
-    def _measure(self, run: Refinement, validation: Tensor, loss: float | None) -> None:
-        """Add a point to the curve."""
+    def _measure(self, run: Refinement, validation: Tensor) -> None:
+        """Add the validation loss to the newest point of the curve."""
         measured = math.log(perplexity(run.model, validation)["perplexity"])
-        self.curve.append(Point(run.step, loss, measured))
+        self.curve[-1] = replace(self.curve[-1], validation_loss=measured)
+
+    def _measured(self) -> list[tuple[int, float]]:
+        """(step, validation loss) of every measurement."""
+        return [(point.step, point.validation_loss) for point in self.curve if point.validation_loss is not None]
 
     def _best(self) -> int:
         """The step of the lowest validation loss."""
-        return min(self.curve, key=lambda point: point.validation_loss).step
+        return min(self._measured(), key=lambda measured: measured[1])[0]
 
     def _ended(self, step: int) -> bool:
         """Whether all steps are taken, or the last ``patience`` measurements brought nothing better."""
-        losses = [point.validation_loss for point in self.curve]
+        losses = [loss for _, loss in self._measured()]
         worn = len(losses) - 1 - losses.index(min(losses)) >= self.settings.patience
         return worn or step >= self.settings.steps
 
     def _keep(self, run: Refinement) -> None:
         """Put the run into the store, the best factors beside it, and drop what was there before."""
-        before = self.store.path(self._key(self.curve[-2].step))
+        before = self.store.path(self._key(self._measured()[-2][0]))
 
         def write(folder: Path) -> None:
             # an ended run goes on no more; one by one, because save_file copies what it writes
@@ -163,7 +168,7 @@ class Refine:
             began = read_factors(file)
             write_factors(folder / file.name, {name: best[name] for name in began} if best else began)
         write_curve(folder / CURVE, self.curve)
-        losses = [point.validation_loss for point in self.curve]
+        losses = [loss for _, loss in self._measured()]
         write_json(folder / SUMMARY, {"steps": kept, "before": losses[0], "after": min(losses)})
 
     def _snapshots(self) -> list[int]:
@@ -176,7 +181,7 @@ class Refine:
 
 
 def write_curve(path: Path, curve: Sequence[Point]) -> None:
-    """One line per measurement; the header alone when nothing was refined."""
+    """One line per step; the header alone when nothing was refined."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(Point.__dataclass_fields__))
         writer.writeheader()
