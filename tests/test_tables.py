@@ -1,6 +1,5 @@
 """Numbers and tables of the report."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -12,17 +11,6 @@ from pipeline import tables
 from pipeline.matrices import by_kind, read_matrices
 from pipeline.tables import Table, markdown
 from spectrim.errors import DataError
-from tests import report_project
-
-
-@pytest.fixture
-def metrics() -> dict[str, Any]:
-    return copy.deepcopy(report_project.metrics(30))
-
-
-@pytest.fixture(scope="module")
-def ranks() -> dict[str, Any]:
-    return report_project.ranks(report_project.spectra(12), 0.8)
 
 
 def parsed(text: str) -> list[list[str]]:
