@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from spectrim.maths.lowrank import Factors
 
 
-def read_factors(file: Path) -> dict[str, Factors]:
-    """Linear name -> its factors."""
-    tensors = load_file(file)
+def read_factors(*files: Path) -> dict[str, Factors]:
+    """Linear name -> its factors, of one block or of several."""
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
     return {name: Factors(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in names}
 

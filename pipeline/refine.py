@@ -82,7 +82,7 @@ class Refine:
             checkpoint_blocks(student)
         run = Refinement(
             student,
-            attach(student, {name: pair for file in self.files for name, pair in read_factors(file).items()}),
+            attach(student, read_factors(*self.files)),
             windows,
             last_hidden(self.captured, settings.seq_len),
             steps=settings.steps,

@@ -26,6 +26,6 @@ def validation_losses(
     model, windows = load_model(prepared, device), load_windows(calibrate / "validation.parquet")
     losses = {}
     for name, files in progress(candidates.items(), "update_weights: variants", len(candidates)):
-        attach(model, {linear: pair for file in files for linear, pair in read_factors(file).items()})
+        attach(model, read_factors(*files))
         losses[name] = math.log(perplexity(model, windows)["perplexity"])
     return losses
