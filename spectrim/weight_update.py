@@ -133,33 +133,36 @@ def ipca_factors(
     """Per linear W' = U_r U_rᵀ W, U_r the mean of each window's top-r output subspaces (Dobi-SVD, arXiv 2502.02723).
 
     V_i = top r right singular vectors of Y_i = X_i Wᵀ (uncentred); P = mean_i V_i V_iᵀ; U_r = its top r eigenvectors,
-    exactly from P (out, out) or incrementally in O(out·2r) memory.
+    exactly from P or incrementally in O(m·2r) memory, both among the m = min(out, in) directions that Y can have.
 
     Args:
         hidden: (windows, seq, hidden), what enters block ``index`` of the original model.
         ranks: linear name -> rank of the linears to factorise.
     """
-    kind = MeanProjector if exact else IncrementalPCA
-    pools, bases, weights = {}, {}, {}
+    pools: dict[str, MeanProjector | IncrementalPCA] = {}
+    frames: dict[str, Tensor] = {}  # Q of a tall W = Q R: what is in Y's rows lies in its columns
+    cores: dict[str, Tensor] = {}  # R, or W where it is not tall: all is done in its min(out, in) rows
     for name, weight in model.weights(index).items():
         if name in ranks:
-            weights[name] = weight.double()
-            # Y = X Wᵀ has rank at most `in`: with W = Q R, its right singular vectors are Q times those of X Rᵀ
-            bases[name] = torch.linalg.qr(weights[name]) if weight.shape[0] > weight.shape[1] else None
-            pools[name] = kind(weight.shape[0], ranks[name])
+            cores[name] = weight.double()
+            if weight.shape[0] > weight.shape[1]:
+                frames[name], cores[name] = torch.linalg.qr(cores[name])
+            features, rank = len(cores[name]), ranks[name]
+            # from half the features on, the incremental's 2r columns would be more than the exact projector
+            kind = MeanProjector if exact or 2 * rank >= features else IncrementalPCA
+            pools[name] = kind(features, rank)
 
     def add(name: str, activation: Tensor) -> None:
         x = activation.reshape(-1, activation.shape[-1]).double()
-        if (basis := bases[name]) is None:
-            vectors = top_right_singular_vectors(x @ weights[name].T, ranks[name])
-        else:
-            vectors = basis[0] @ top_right_singular_vectors(x @ basis[1].T, ranks[name])
-        pools[name].add(vectors)
+        pools[name].add(top_right_singular_vectors(x @ cores[name].T, ranks[name]))
 
     with model.resident(index), observed({name: model.linears[index][name] for name in ranks}, add):
         for window in hidden:
             model.run(index, window[None].to(model.device))
-    return {name: ipca_update(weights[name], pools[name].basis()) for name in ranks}
+    found = {name: ipca_update(cores[name], pools[name].basis()) for name in ranks}
+    return {
+        name: Factors(frames[name] @ pair.left, pair.right) if name in frames else pair for name, pair in found.items()
+    }
 
 
 def relative_error(weight: Tensor, factors: Factors, gram: Tensor) -> float:

@@ -70,6 +70,18 @@ def test_incremental_ipca_comes_close_to_the_exact(block: Block) -> None:
         assert found < 1.25 * best + 1e-6
 
 
+def test_incremental_ipca_is_exact_from_half_the_directions_on(block: Block) -> None:
+    """There the projector takes no more memory than the incremental form's columns, so nothing is dropped."""
+    half = {name: -(-min(weight.shape) // 2) for name, weight in block.weights.items()}
+    exact = ipca_factors(block.model, 0, block.hidden, half, exact=True)
+    incremental = ipca_factors(block.model, 0, block.hidden, half, exact=False)
+    less = ipca_factors(block.model, 0, block.hidden, block.ranks, exact=False)
+    whole = ipca_factors(block.model, 0, block.hidden, block.ranks, exact=True)
+    for name in half:
+        assert torch.equal(incremental[name].left, exact[name].left)
+    assert any(not torch.equal(less[name].left, whole[name].left) for name in less)
+
+
 def test_closed_form_is_never_worse(block: Block) -> None:
     closed = closed_form_factors(block.weights, block.grams, block.ranks)
     ipca = ipca_factors(block.model, 0, block.hidden, block.ranks, exact=True)
