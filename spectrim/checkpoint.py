@@ -16,7 +16,7 @@
 ``matrices`` lists every linear that counts in the ratio by its module path, W (out, in), rank r, n = min(out, in):
 
     format    tensor               dtype      shape             W ≈ L Rᵀ
-    dense     NAME.weight          F16/BF16   (out, in)         W itself; the rank is n
+    dense     NAME.weight          F16/BF16   (out, in)         W itself; the rank of the dense formats is n
     float16   NAME.weight          F16/BF16   (in, r)           R
               NAME.left            F16/BF16   (out, r)          L
     pifa      NAME.weight          F16/BF16   (in, r)           Rᵀ: r rows of W, the pivots
@@ -29,6 +29,18 @@
     remap     as int8, but only the first n rows of each side are I8; the longer side (if out ≠ in) goes on in
               NAME.weight_tail     F16/BF16   (in - n, r)       R = [weight · weight_scale; weight_tail]
               NAME.left_tail       F16/BF16   (out - n, r)      L = [left · left_scale; left_tail]
+    pifa_int8 as pifa, with I8 weight and left, and NAME.weight_scale, NAME.left_scale F32 (r,)
+    dense_int8
+              NAME.weight          I8         (out, 1, in)      W = weight · weight_scale, one scale per row
+              NAME.weight_scale    F16        (out, 1)
+    dense_int4                                                  one scale per row and g inputs: 64, or in if it is none
+              NAME.weight          U8         (out, in/g, g/2)  of 64; two's-complement nibbles, the even input low
+              NAME.weight_scale    F16        (out, in/g)
+    int8_residual, int4_residual: the tensors of dense_int8 or dense_int4, and
+              NAME.left            I8         (out, r)          W = weight · weight_scale + L Rᵀ
+              NAME.left_scale      F32        (r,)              L = left · left_scale
+              NAME.right           I8         (in, r)
+              NAME.right_scale     F32        (r,)              R = right · right_scale
 
 Notes:
 - Every other tensor, biases included, has the name and value it has in the dense model.
@@ -49,19 +61,26 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spectrim.errors import CheckpointError
-from spectrim.lowrank_linear import stored_tensors
-from spectrim.maths.budget import Format, dense_bytes
+from spectrim.maths.budget import ROUNDED, Format, dense_bytes
+from spectrim.stored_linear import stored_tensors
 
 METHOD = "spectrim"
 VERSION = 1
 KEYS = {"quant_method", "version", "ratio", "stored_dtype", "matrices"}
 SIDES = ("left", "weight")
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-CODES = {"I8": torch.int8, "I32": torch.int32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 class Matrix(NamedTuple):
-    """How one linear is stored; the rank of a dense one is min(out, in)."""
+    """How one linear is stored; the rank of one without factors is min(out, in)."""
 
     format: Format
     rank: int
@@ -160,10 +179,7 @@ def check_matrix(name: str, matrix: Matrix, found: Mapping[str, tuple[str, tuple
     Raises:
         CheckpointError: a tensor is missing, unlisted, or of another dtype or shape.
     """
-    sizes = [sum(shape[0] for key, (_, shape) in found.items() if key in (side, f"{side}_tail")) for side in SIDES]
-    out_features, in_features = found["weight"][1] if matrix.format == "dense" and "weight" in found else sizes
-    if matrix.format == "pifa":
-        out_features += matrix.rank  # the pivots themselves need no row of coefficients
+    out_features, in_features = _dense_shape(matrix, found)
     expected = stored_tensors(matrix.format, out_features, in_features, matrix.rank)
     for suffix in sorted(expected.keys() | found.keys()):
         if suffix not in found or suffix not in expected:
@@ -177,6 +193,20 @@ def check_matrix(name: str, matrix: Matrix, found: Mapping[str, tuple[str, tuple
                 "build or fetch the checkpoint again"
             )
     return out_features, in_features
+
+
+def _dense_shape(matrix: Matrix, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, int]:
+    """(out, in) as the tensors of a matrix have it, which may not be those of its format."""
+    weight = found["weight"][1] if "weight" in found else ()
+    if matrix.format == "dense" and len(weight) == 2:
+        return weight[0], weight[1]
+    if matrix.format in ROUNDED and len(weight) == 3:
+        return weight[0], weight[1] * weight[2] * 8 // ROUNDED[matrix.format]
+    rows = [
+        sum(shape[0] for key, (_, shape) in found.items() if shape and key in (side, f"{side}_tail")) for side in SIDES
+    ]
+    pivots = matrix.rank if matrix.format in ("pifa", "pifa_int8") else 0  # they need no row of coefficients
+    return rows[0] + pivots, rows[1]
 
 
 def by_module(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:

@@ -1,7 +1,7 @@
 """``AutoModelForCausalLM.from_pretrained`` for Spectrim checkpoints: the registration with transformers.
 
 Importing this file registers the format; ``import spectrim`` arranges for that. Every listed linear is replaced by a
-``LowRankLinear`` on the meta device before transformers reads the weights, after the files' keys, shapes and dtypes
+``StoredLinear`` on the meta device before transformers reads the weights, after the files' keys, shapes and dtypes
 have been compared with the model's: what transformers itself only warns about is an error here.
 """
 
@@ -19,9 +19,11 @@ from transformers.quantizers.base import HfQuantizer
 
 from spectrim.checkpoint import HALF, METHOD, Entry, SpectrimConfig, by_module, check_matrix, headers
 from spectrim.errors import CheckpointError
-from spectrim.lowrank_linear import LowRankLinear, factors_of, stored_tensors
+from spectrim.lowrank_linear import LowRankLinear
 from spectrim.maths.budget import Format
 from spectrim.modules import replace
+from spectrim.quantized_linear import QuantizedLinear
+from spectrim.stored_linear import StoredLinear, stored_tensors
 
 if TYPE_CHECKING:  # this file is loaded while transformers itself is being imported
     from transformers import PreTrainedModel
@@ -85,9 +87,8 @@ class SpectrimQuantizer(HfQuantizer):
             if matrix.format == "dense":
                 continue
             weight, has_bias = linear.weight, linear.bias is not None
-            module = LowRankLinear(
-                *shape[::-1], matrix.rank, matrix.format, has_bias, device=weight.device, dtype=weight.dtype
-            )
+            kind = QuantizedLinear if matrix.format in QuantizedLinear.formats else LowRankLinear
+            module = kind(*shape[::-1], matrix.rank, matrix.format, has_bias, device=weight.device, dtype=weight.dtype)
             replace(model, name, module)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -97,7 +98,7 @@ class SpectrimQuantizer(HfQuantizer):
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` with W = left @ right in a plain ``nn.Linear`` for every ``LowRankLinear``, changed in place.
+    """``model`` with its weight in a plain ``nn.Linear`` for every matrix in a storage format, changed in place.
 
     Products are formed in float32 and stored in the model's dtype; biases stay. What remains is an ordinary model that
     ``save_pretrained`` writes without a trace of Spectrim, with the bytes of the dense model.
@@ -110,10 +111,9 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _plain_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    for name, module in [item for item in model.named_modules() if isinstance(item[1], LowRankLinear)]:
-        factors = factors_of(module)
+    for name, module in [item for item in model.named_modules() if isinstance(item[1], StoredLinear)]:
         linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-        linear.weight = nn.Parameter((factors.left @ factors.right).to(dtype))
+        linear.weight = nn.Parameter(module.dense_weight().detach().to(dtype))
         linear.bias = module.bias
         replace(model, name, linear.train(module.training))
     return model

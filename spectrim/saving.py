@@ -24,11 +24,11 @@ from spectrim.checkpoint import (
     weight_files,
 )
 from spectrim.errors import CheckpointError
-from spectrim.lowrank_linear import stored_tensors
-from spectrim.maths.budget import Format, dense_bytes
+from spectrim.maths.budget import RESIDUAL, ROUNDED, Format, dense_bytes, group_size
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.pivoting import pivot
-from spectrim.maths.quantization import balance, quantize_directions
+from spectrim.maths.quantization import Quantized, balance, pack_int4, quantize_directions
+from spectrim.stored_linear import stored_tensors
 
 
 def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
@@ -38,17 +38,19 @@ def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16) -
 
     Args:
         factors: left (out, rank), right (rank, in), floating point.
-        format: ``float16`` | ``pifa`` | ``remap`` | ``int8``.
+        format: one of ``budget.FACTORED``.
         dtype: 16-bit dtype of what is not int8.
 
     Raises:
         CheckpointError: a value does not fit ``dtype``.
         NumericalError: a value is not finite.
     """
-    if format == "pifa":
+    if format in ("pifa", "pifa_int8"):
         pivoted = pivot(factors)
-        rows, coefficients = _narrow(pivoted.rows.mT, dtype), _narrow(pivoted.coefficients, dtype)
-        return {"weight": rows.contiguous(), "left": coefficients.contiguous(), "order": pivoted.order}
+        sides = {"weight": pivoted.rows.mT, "left": pivoted.coefficients}
+        if format == "pifa_int8":
+            return _int8(sides) | {"order": pivoted.order}
+        return {name: _narrow(side, dtype).contiguous() for name, side in sides.items()} | {"order": pivoted.order}
     left, right = balance(factors)
     sides = {"left": left, "weight": right.mT}
     packed: dict[str, Tensor] = {}
@@ -62,6 +64,30 @@ def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16) -
         else:
             packed[suffix] = _narrow(rows, dtype)
     return {suffix: tensor.contiguous() for suffix, tensor in packed.items()}
+
+
+def pack_rounded(rounded: Quantized, format: Format, residual: Factors | None = None) -> dict[str, Tensor]:
+    """The tensors that store a rounded weight in ``format``, with int8 factors of what rounding lost if it has them.
+
+    Args:
+        rounded: symmetric, of the format's bits, in groups of ``budget.group_size``.
+        residual: left (out, rank), right (rank, in).
+
+    Raises:
+        CheckpointError: the groups are not the format's, or it has factors and there are none.
+    """
+    size = group_size(ROUNDED[format], rounded.values.shape[1])
+    if rounded.group_size != size or (residual is None) == (format in RESIDUAL):
+        raise CheckpointError(
+            f"{format} of {rounded.values.shape[1]} inputs: groups of {rounded.group_size} and "
+            f"{'no ' if residual is None else ''}factors; required: groups of {size}, factors in *_residual alone"
+        )
+    values = rounded.values.unflatten(1, (-1, size))
+    packed = {"weight": pack_int4(values) if ROUNDED[format] == 4 else values, "weight_scale": rounded.scale}
+    if residual is None:
+        return packed
+    left, right = balance(residual)
+    return packed | _int8({"left": left, "right": right.mT})
 
 
 def half_dtype(folder: Path) -> torch.dtype:
@@ -151,6 +177,14 @@ def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
             f"{torch.finfo(dtype).max:.3g}; set prepare.stored_dtype to bfloat16"
         )
     return narrow
+
+
+def _int8(sides: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every side (rows, rank) in int8 and its scale per direction."""
+    packed: dict[str, Tensor] = {}
+    for name, side in sides.items():
+        packed[name], packed[f"{name}_scale"] = quantize_directions(side.contiguous(), dim=1)
+    return packed
 
 
 def _describe(tensor: Tensor) -> tuple[str, tuple[int, ...]]:

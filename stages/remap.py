@@ -13,7 +13,7 @@ from pipeline.console import run
 from pipeline.layers import LayerTask, run_layers
 from pipeline.params import load
 from pipeline.store import LayerStore, code_digest, key
-from spectrim import lowrank_linear, saving
+from spectrim import saving, stored_linear
 from spectrim.maths import budget, pivoting, quantization
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     listed = {name: list(matrix) for name, matrix in matrices.items()}
     files = sorted(artifact("update_weights").glob("*.safetensors"))
     factors = {file.stem: sha256_file(file) for file in files}
-    code = code_digest(packing, factor_files, saving, lowrank_linear, budget, pivoting, quantization)
+    code = code_digest(packing, factor_files, saving, stored_linear, budget, pivoting, quantization)
     tasks = [
         LayerTask(
             f"block {file.stem}",

@@ -28,6 +28,7 @@ from spectrim import (
     modules,
     prefix,
     refinement,
+    stored_linear,
     weight_update,
 )
 from spectrim.maths import anchoring, losses, lowrank, quantization, sampling, schedule, shrinkage, subspace, whitening
@@ -37,7 +38,7 @@ UPDATES = (
     *(anchoring, losses, lowrank, quantization, sampling, schedule, shrinkage, subspace, whitening),
 )
 REFINES = (
-    *(refine, factor_files, refinement, blocks, capture, modules, lowrank_linear, evaluation),
+    *(refine, factor_files, refinement, blocks, capture, modules, lowrank_linear, stored_linear, evaluation),
     *(losses, quantization, sampling, schedule),
 )
 

@@ -9,18 +9,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spectrim.checkpoint import Matrix
-from spectrim.maths.budget import Format, resolve_format
+from spectrim.lowrank_linear import LowRankLinear
+from spectrim.maths.budget import FACTORED, RESIDUAL, ROUNDED, Format, group_size, resolve_format
 from spectrim.maths.lowrank import Factors
+from spectrim.maths.quantization import dequantize, round_to_nearest
 from spectrim.modules import compressible_linears
-from spectrim.saving import assemble, pack
+from spectrim.quantized_linear import QuantizedLinear
+from spectrim.saving import assemble, pack, pack_rounded
+from spectrim.stored_linear import StoredLinear
 from tests import tiny
 
-FORMATS: tuple[Format, ...] = ("float16", "pifa", "remap", "int8")
+FORMATS: tuple[Format, ...] = (*FACTORED, *ROUNDED)
 CASES = [(family, format) for family in tiny.FAMILIES for format in FORMATS]
 RANK = 8
 UP = "model.layers.0.mlp.up_proj"
 TOKENS = torch.arange(2, 42).reshape(2, 20)
-Packed = dict[str, dict[str, Tensor]]
+Packed = dict[str, Tensor]
 Folders = dict[tuple[str, str], Path]
 
 
@@ -38,7 +42,23 @@ def truncated(weight: Tensor, rank: int) -> Factors:
     return Factors((left[:, :rank] * sigma[:rank]).float(), right[:rank].float())
 
 
-def chosen(dense: Path, format: Format, dtype: torch.dtype) -> tuple[dict[str, Matrix], Packed]:
+def packed_weight(weight: Tensor, format: Format, dtype: torch.dtype) -> Packed:
+    """A weight as ``format`` stores it, factors at RANK."""
+    if format not in ROUNDED:
+        return pack(truncated(weight, RANK), format, dtype)
+    n_bits = ROUNDED[format]
+    rounded = round_to_nearest(weight, n_bits, group_size(n_bits, weight.shape[1]))
+    residual = truncated(weight - dequantize(rounded), RANK) if format in RESIDUAL else None
+    return pack_rounded(rounded, format, residual)
+
+
+def stored_linear(tensors: Packed, format: Format, shape: tuple[int, int], bias: Tensor | None = None) -> StoredLinear:
+    """The module that holds them."""
+    kind = QuantizedLinear if format in ROUNDED else LowRankLinear
+    return kind.from_tensors(tensors, format, *shape, bias)
+
+
+def chosen(dense: Path, format: Format, dtype: torch.dtype) -> tuple[dict[str, Matrix], dict[str, Packed]]:
     """Every linear in ``format`` at one rank, the last one dense."""
     model = AutoModelForCausalLM.from_pretrained(dense)
     matrices, packed = {}, {}
@@ -46,8 +66,9 @@ def chosen(dense: Path, format: Format, dtype: torch.dtype) -> tuple[dict[str, M
         out_features, in_features = linear.weight.shape
         stored = resolve_format(format, out_features, in_features, RANK)
         assert stored == format
-        matrices[name] = Matrix(stored, RANK)
-        packed[name] = pack(truncated(linear.weight.detach(), RANK), stored, dtype)
+        without_factors = format in ROUNDED and format not in RESIDUAL
+        matrices[name] = Matrix(stored, min(linear.weight.shape) if without_factors else RANK)
+        packed[name] = packed_weight(linear.weight.detach(), stored, dtype)
     matrices[name] = Matrix("dense", min(linear.weight.shape))
     del packed[name]
     return matrices, packed

@@ -128,14 +128,36 @@ def svd_llm_v2_kept(losses: Sequence[float], sizes: Sequence[int], ratio: float,
 def matrix_bytes(format: str, out: int, in_: int, rank: int) -> int:
     """Bytes of the tensors that a format stores, counted one tensor at a time."""
     long, short = max(out, in_), min(out, in_)
+    factors = [(out * rank, 1), (rank * in_, 1), (rank, 4), (rank, 4)]
+    int8, int4 = [(out * in_, 1), (out, 2)], [(out * in_ // 2, 1), (out * (1 if in_ % 64 else in_ // 64), 2)]
     tensors = {
         "dense": [(out * in_, 2)],
         "float16": [(out * rank, 2), (rank * in_, 2)],
         "pifa": [(rank * in_, 2), ((out - rank) * rank, 2), (out, 4)],
-        "int8": [(out * rank, 1), (rank * in_, 1), (rank, 4), (rank, 4)],
+        "int8": factors,
+        "pifa_int8": [(rank * in_, 1), ((out - rank) * rank, 1), (rank, 4), (rank, 4), (out, 4)],
+        "dense_int8": int8,
+        "dense_int4": int4,
+        "int8_residual": [*int8, *factors],
+        "int4_residual": [*int4, *factors],
         "remap": [(short * rank, 1), (short * rank, 1), ((long - short) * rank, 2), (rank, 4), (rank, 4)],
     }[format]
     return sum(count * size for count, size in tensors)
+
+
+def compensated(weight: Tensor, gram: Tensor, n_bits: int, group_size: int, damping: float) -> Tensor:
+    """GPTQ one input at a time, the inverse Gram of the inputs that are left recomputed for each."""
+    weight, result = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
+    gram = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    top = 2 ** (n_bits - 1) - 1
+    for at in range(weight.shape[1]):
+        if at % group_size == 0:
+            scale = (weight[:, at : at + group_size].abs().amax(1) / top).half().double()
+        inverse = torch.linalg.inv(gram[at:, at:])
+        result[:, at] = (weight[:, at] / scale).round().clamp(-top, top) * scale
+        error = (weight[:, at] - result[:, at]) / inverse[0, 0]
+        weight[:, at:] -= error[:, None] * inverse[0]
+    return result
 
 
 def round_to_nearest(weight: Tensor, n_bits: int, group_size: int | None, symmetric: bool) -> Tensor:

@@ -34,7 +34,16 @@ PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "sh
 LEVELS = (
     (0, ("spectrim.errors",)),
     (1, ("spectrim.maths",)),
-    (2, ("spectrim.modules", "spectrim.lowrank_linear", "spectrim.blocks")),
+    (
+        2,
+        (
+            "spectrim.modules",
+            "spectrim.stored_linear",
+            "spectrim.lowrank_linear",
+            "spectrim.quantized_linear",
+            "spectrim.blocks",
+        ),
+    ),
     (3, ("spectrim.checkpoint", "spectrim.saving", "spectrim.loading")),
     (5, ("pipeline", "spectrim.lm_eval")),  # lm_eval: an entry point, imports the whole library
     (4, ("spectrim",)),  # everything else of the library

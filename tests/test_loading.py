@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 import spectrim
 from spectrim.checkpoint import read_bytes
 from spectrim.errors import CheckpointError
-from spectrim.lowrank_linear import LowRankLinear
-from spectrim.maths.budget import Format
+from spectrim.maths.budget import ROUNDED, Format
 from spectrim.modules import compressible_linears, replace
+from spectrim.stored_linear import StoredLinear
 from tests import tiny
-from tests.checkpoints import CASES, FORMATS, TOKENS, Folders, build_all, chosen, logits
+from tests.checkpoints import CASES, FORMATS, TOKENS, Folders, build_all, chosen, logits, stored_linear
 from tests.tiny import process_environment
 
 
@@ -35,11 +35,10 @@ def by_hand(dense: Path, format: Format) -> PreTrainedModel:
         if matrices[name].format == "dense":
             continue
         tensors = {
-            suffix: tensor.float() if tensor.dtype == torch.float16 else tensor
+            suffix: tensor.float() if tensor.dtype == torch.float16 and not suffix.endswith("_scale") else tensor
             for suffix, tensor in packed[name].items()
         }
-        module = LowRankLinear.from_tensors(tensors, format, *linear.weight.shape, linear.bias)
-        replace(model, name, module)
+        replace(model, name, stored_linear(tensors, format, linear.weight.shape, linear.bias))
     return model.eval()
 
 
@@ -60,11 +59,11 @@ def test_loading_gives_the_model_that_was_built_by_hand(family: str, format: For
         type(model.get_submodule(name)).__name__
         for name in json.loads((folder / "spectrim.json").read_text())["matrices"]
     }
-    assert kinds == {"LowRankLinear", "Linear"}
+    assert kinds == {"QuantizedLinear" if format in ROUNDED else "LowRankLinear", "Linear"}
     original = AutoModelForCausalLM.from_pretrained(dense).state_dict()
     state = model.state_dict()
     for name, tensor in original.items():
-        if name.endswith(".weight") and isinstance(model.get_submodule(name.removesuffix(".weight")), LowRankLinear):
+        if name.endswith(".weight") and isinstance(model.get_submodule(name.removesuffix(".weight")), StoredLinear):
             continue
         assert torch.equal(state[name], tensor), name
     assert any(name.endswith("bias") for name in state) == (family != "llama")
@@ -157,7 +156,7 @@ def test_to_dense_is_the_same_model_without_spectrim(
 ) -> None:
     expected = logits(AutoModelForCausalLM.from_pretrained(folders[family, format]))
     model = spectrim.to_dense(AutoModelForCausalLM.from_pretrained(folders[family, format]))
-    assert not any(isinstance(module, LowRankLinear) for module in model.modules())
+    assert not any(isinstance(module, StoredLinear) for module in model.modules())
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path)
     assert "spectrim" not in (tmp_path / "config.json").read_text()

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from spectrim.errors import BudgetError
 from spectrim.maths.budget import (
+    FACTORED,
+    ROUNDED,
     break_even_rank,
     budget_bytes,
     dense_bytes,
@@ -15,7 +17,7 @@ from spectrim.maths.budget import (
 )
 from tests import reference
 
-FORMATS = ["float16", "pifa", "remap", "int8"]
+FORMATS = list(FACTORED)
 formats = st.sampled_from(FORMATS)
 sizes = st.integers(1, 70)
 
@@ -25,8 +27,20 @@ sizes = st.integers(1, 70)
 def test_bytes_are_those_of_the_stored_tensors(format, out, in_, data):
     rank = data.draw(st.integers(1, min(out, in_)))
     assert matrix_bytes(format, out, in_, rank) == reference.matrix_bytes(format, out, in_, rank)
-    if format != "pifa":  # which orders the rows, and not the columns
+    if not format.startswith("pifa"):  # which orders the rows, and not the columns
         assert matrix_bytes(format, out, in_, rank) == matrix_bytes(format, in_, out, rank)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(list(ROUNDED)), sizes, st.integers(1, 99), st.data())
+def test_bytes_of_rounded_weights_are_those_of_the_stored_tensors(format, out, half, data):
+    rank = data.draw(st.integers(1, min(out, 2 * half)))
+    assert matrix_bytes(format, out, 2 * half, rank) == reference.matrix_bytes(format, out, 2 * half, rank)
+
+
+def test_int4_of_an_odd_number_of_inputs_is_refused():
+    with pytest.raises(BudgetError, match=r"int4 of a \(4, 7\) matrix: an even number of inputs"):
+        matrix_bytes("dense_int4", 4, 7, 1)
 
 
 @settings(deadline=None)
@@ -44,6 +58,11 @@ def test_bytes_grow_with_a_fractional_rank(format, out, in_, less, more):
         ("pifa", 2 * 96 * 2016 + 4 * 1536),
         ("remap", 2 * 96 * 1536 + 768),
         ("int8", 96 * 2112 + 768),
+        ("pifa_int8", 96 * 2016 + 768 + 4 * 1536),
+        ("dense_int8", 1536 * 576 + 2 * 1536),
+        ("dense_int4", 1536 * 288 + 2 * 1536 * 9),
+        ("int8_residual", 1536 * 576 + 2 * 1536 + 96 * 2112 + 768),
+        ("int4_residual", 1536 * 288 + 2 * 1536 * 9 + 96 * 2112 + 768),
     ],
 )
 def test_bytes_of_a_real_matrix(format, expected):
@@ -56,9 +75,10 @@ def test_a_matrix_is_dense_exactly_when_its_factors_are_not_cheaper(format, out,
     rank = data.draw(st.integers(1, min(out, in_)))
     factors = reference.matrix_bytes(format, out, in_, rank)
     dense = reference.matrix_bytes("dense", out, in_, rank)
-    assert resolve_format(format, out, in_, rank) == (format if factors < dense else "dense")
-    assert stored_bytes(format, out, in_, rank) == min(factors, dense)
-    assert (rank <= break_even_rank(format, out, in_)) == (factors < dense)
+    cheaper = factors < dense and not (format == "pifa_int8" and rank == min(out, in_))
+    assert resolve_format(format, out, in_, rank) == (format if cheaper else "dense")
+    assert stored_bytes(format, out, in_, rank) == (factors if cheaper else dense)
+    assert (rank <= break_even_rank(format, out, in_)) == cheaper
 
 
 def test_break_even_of_int8_is_capped_at_full_rank():
@@ -99,5 +119,5 @@ def test_an_impossible_rank_is_refused(rank):
 
 
 def test_an_unknown_format_has_no_bytes():
-    with pytest.raises(BudgetError, match="format 'float8' stores no factors; use one of float16, pifa, remap, int8"):
+    with pytest.raises(BudgetError, match="format 'float8' is none of float16, pifa, remap, int8, pifa_int8"):
         matrix_bytes("float8", 4, 6, 2)

@@ -1,0 +1,159 @@
+"""A linear kept in its storage format: the tensors of every format, and what both kinds of modules share.
+
+``checkpoint.py`` says how the tensors lie in a file; ``LowRankLinear`` and ``QuantizedLinear`` multiply with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.errors import ModelError
+from spectrim.maths.budget import RESIDUAL, ROUNDED, Format, group_size
+
+
+class Stored(NamedTuple):
+    """One tensor of a stored matrix: its shape, and its dtype or None for the 16-bit dtype of the checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+
+def stored_tensors(format: Format, out_features: int, in_features: int, rank: int) -> dict[str, Stored]:
+    """The tensors that hold W: suffix -> shape and dtype, for every storage format.
+
+    Factors W ≈ left @ right are stored with one column per direction: ``weight`` = rightᵀ (in, rank) and ``left``
+    (out, rank), so ``weight`` never has the shape of the dense (out, in) weight. In the 8-bit formats a factor is
+    ``head`` rows of int8 with one float32 scale per column, ``X_scale`` (rank,), followed by the rest of its rows in 16
+    bits, ``X_tail``:
+
+        float16  head = 0: the factor itself is 16-bit, without a scale
+        int8     head = all rows
+        remap    head = min(out, in) rows; only the longer factor has a tail (Wang et al., 2025, arXiv 2502.02723)
+        pifa     ``weight`` holds r of the matrix's own rows, ``left`` (out - r, r) the coefficients of the others, both
+                 16-bit, and ``order`` (out,) int32 where each row stands among the two
+        pifa_int8      the same in int8, with scales
+        dense          ``weight`` (out, in) in 16 bits, no factors
+        dense_int8     ``weight`` (out, 1, in) int8, one float16 scale per row: ``weight_scale`` (out, 1)
+        dense_int4     ``weight`` (out, groups, g / 2) uint8, two inputs per byte; ``weight_scale`` (out, groups)
+        X_residual     those of dense_X; and of W minus that the factors ``left`` (out, r) and ``right`` (in, r), int8
+                       with scales
+    """
+    if format == "dense":
+        return {"weight": Stored((out_features, in_features), None)}
+    if format in ROUNDED:
+        tensors = _rounded(ROUNDED[format], out_features, in_features)
+        residual = {"left": out_features, "right": in_features} if format in RESIDUAL else {}
+        return tensors | {
+            name: part for side, rows in residual.items() for name, part in _int8(side, rows, rank).items()
+        }
+    if format in ("pifa", "pifa_int8"):
+        order = {"order": Stored((out_features,), torch.int32)}
+        rows = {"weight": in_features, "left": out_features - rank}
+        if format == "pifa":
+            return {side: Stored((count, rank), None) for side, count in rows.items()} | order
+        return _int8("weight", in_features, rank) | _int8("left", out_features - rank, rank) | order
+    tensors = {}
+    for side, count in (("weight", in_features), ("left", out_features)):
+        head = {"float16": 0, "int8": count, "remap": min(in_features, out_features)}[format]
+        if head == 0:
+            tensors[side] = Stored((count, rank), None)
+            continue
+        tensors |= _int8(side, head, rank)
+        if count > head:
+            tensors[f"{side}_tail"] = Stored((count - head, rank), None)
+    return tensors
+
+
+class StoredLinear(nn.Module):
+    """The module that takes the place of an ``nn.Linear`` whose weight is in one of ``formats``.
+
+    ``to(dtype)`` and ``half()`` change the 16-bit tensors and the bias only: integers and their scales keep their bits.
+    The tensors are uninitialised until they are loaded or assigned.
+
+    Args:
+        in_features, out_features: of the dense linear.
+        rank: number of directions, at least 1; ignored where the format has no factors.
+        format: one of ``formats``; 16-bit tensors take on the model's dtype.
+        bias: whether there is a bias (out,).
+
+    Raises:
+        ModelError: the rank is not in 1..min(in, out), or the format is none of this module's.
+    """
+
+    formats: ClassVar[tuple[Format, ...]] = ()
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        format: Format,
+        bias: bool,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if format not in self.formats:
+            raise ModelError(f"format {format!r} is not one of {type(self).__name__}: {', '.join(self.formats)}")
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ModelError(
+                f"rank {rank} of a ({out_features}, {in_features}) weight; must lie in 1..its shorter side"
+            )
+        self.in_features, self.out_features, self.rank, self.format = in_features, out_features, rank, format
+        for suffix, stored in stored_tensors(format, out_features, in_features, rank).items():
+            tensor = torch.empty(stored.shape, dtype=stored.dtype or dtype, device=device)
+            self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+        empty_bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", empty_bias)
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], format: Format, out_features: int, in_features: int, bias: Tensor | None
+    ) -> Self:
+        """The module around the given stored tensors and bias, which are used as they are, not copied."""
+        rank = tensors["left"].shape[1] if "left" in tensors else min(out_features, in_features)
+        module = cls(in_features, out_features, rank, format, bias is not None, device="meta")
+        state = dict(tensors) if bias is None else {**tensors, "bias": bias}
+        module.load_state_dict(state, assign=True)
+        return module
+
+    def dense_weight(self) -> Tensor:
+        """W (out, in) in float32, as the module multiplies with it."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        scales = {id(tensor) for name, tensor in self.named_parameters() if name.endswith("_scale")}
+
+        def keep_scales(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if id(tensor) in scales and result.dtype != tensor.dtype:
+                return tensor.to(result.device)
+            return result
+
+        return super()._apply(keep_scales, recurse)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"format={self.format}, bias={self.bias is not None}"
+        )
+
+
+def _int8(side: str, rows: int, rank: int) -> dict[str, Stored]:
+    return {side: Stored((rows, rank), torch.int8), f"{side}_scale": Stored((rank,), torch.float32)}
+
+
+def _rounded(n_bits: int, out_features: int, in_features: int) -> dict[str, Stored]:
+    size = group_size(n_bits, in_features)
+    groups = in_features // size
+    weight = (out_features, groups, size * n_bits // 8)
+    return {
+        "weight": Stored(weight, torch.int8 if n_bits == 8 else torch.uint8),
+        "weight_scale": Stored((out_features, groups), torch.float16),
+    }
