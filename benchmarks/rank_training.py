@@ -24,7 +24,7 @@ def seconds_per_step(method: Literal["gates", "dobi"], steps: int, seq_len: int)
     params = load()
     settings = replace(params.train_ranks, method=method, steps=steps + 1, seq_len=seq_len, batch_size=1)
     search = RankSearch(
-        artifact("prepare"), artifact("capture"), params.compression, settings, resolve(params.runtime.device)
+        artifact("prepare"), artifact("capture"), params.compression, settings, resolve(params.runtime.device), {}
     )
     curve: list[Step] = []
     windows = load_windows(artifact("calibrate") / "calibration.parquet")[:, :seq_len]

@@ -5,16 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline import rounding
 from pipeline.console import bar, progress, say
 from pipeline.measure import load_model
 from pipeline.rank_files import compared, read_rank_file
 from pipeline.sections import Compression, TrainRanks
+from pipeline.spectra_file import NAME as SPECTRA
+from pipeline.spectra_file import read_tokens
 from spectrim.capture import gram_of, inputs_of
-from spectrim.maths import allocation, budget
+from spectrim.maths import allocation, budget, joint_allocation
+from spectrim.maths.budget import Format
+from spectrim.maths.joint_allocation import Option
 from spectrim.maths.lowrank import Factors, closed_form, truncate
 from spectrim.modules import linears_by_block
 from spectrim.rank_training import (
@@ -41,11 +45,22 @@ def tied_linears(captured: Path, blocks: Mapping[str, Mapping[str, Any]]) -> lis
 
 
 class RankSearch:
-    """Proposes ranks for every compressible linear of a prepared model under one byte budget."""
+    """Proposes ranks for every compressible linear of a prepared model under one byte budget.
+
+    Args:
+        lost: number of bits -> linear -> the spectrum of what rounding its weight to them lost; for the alternatives.
+    """
 
     def __init__(
-        self, prepared: Path, captured: Path, shared: Compression, settings: TrainRanks, device: torch.device
+        self,
+        prepared: Path,
+        captured: Path,
+        shared: Compression,
+        settings: TrainRanks,
+        device: torch.device,
+        lost: Mapping[int, Mapping[str, Tensor]],
     ) -> None:
+        self.lost = lost
         self.captured, self.shared, self.settings, self.device = captured, shared, settings, device
         self.model = load_model(prepared, device).requires_grad_(False)
         self.blocks = linears_by_block(self.model, shared.exclude)
@@ -53,6 +68,7 @@ class RankSearch:
         self.shapes = [(module.out_features, module.in_features) for module in self.linears.values()]
         self.budget_bytes = budget.budget_bytes(self.shapes, shared.ratio)
         self.optimality_gap: float | None = None
+        self.formats: dict[str, Format] = {}  # of the matrices, where there are alternatives
         self.file: dict[str, Any] | None = None
         names = list(self.linears)
         self.tied = tied_linears(captured, self.blocks) if shared.tie else [[name] for name in names]
@@ -69,9 +85,8 @@ class RankSearch:
         kinds: dict[str, list[int]] = {}
         for index, (name, block) in enumerate((name, block) for block, part in self.blocks.items() for name in part):
             kinds.setdefault(name.removeprefix(block), []).append(index)
-        with safe_open(self.captured / "spectra.safetensors", framework="pt") as spectra:
-            n_tokens = int(spectra.metadata()["n_tokens"])
-            energies = [spectra.get_tensor(f"input.{name}") ** 2 * n_tokens for name in self.linears]
+        spectra, n_tokens = load_file(self.captured / SPECTRA), read_tokens(self.captured).inputs
+        energies = [spectra[f"input.{name}"] ** 2 * n_tokens for name in self.linears]
         shared = self.shared
         found = allocation.svd_llm_v2(
             energies, list(kinds.values()), self.shapes, shared.ratio, shared.format, shared.align, self.groups
@@ -79,13 +94,35 @@ class RankSearch:
         return dict(zip(self.linears, found, strict=True))
 
     def fisher(self) -> Ranks:
-        """The least predicted loss under the budget, dense being a choice; sets ``optimality_gap``."""
-        spectra = load_file(self.captured / "spectra.safetensors")
-        energies = [spectra[f"two_sided.{name}"] ** 2 for name in self.linears]
+        """The least predicted loss under the budget, dense being a choice; sets ``optimality_gap`` and ``formats``."""
+        spectra = load_file(self.captured / SPECTRA)
         shared = self.shared
+        if shared.alternatives:
+            return self._joint({name: spectra[f"two_sided.{name}"] for name in self.linears})
+        energies = [spectra[f"two_sided.{name}"] ** 2 for name in self.linears]
         found = allocation.fisher(energies, self.shapes, self.budget_bytes, shared.format, shared.align, self.groups)
         self.optimality_gap = found.gap
         return dict(zip(self.linears, found.ranks, strict=True))
+
+    def _joint(self, spectra: Mapping[str, Tensor]) -> Ranks:
+        """A format and a rank for every matrix; sets ``optimality_gap`` and ``formats``."""
+        allowed: list[Format] = [self.shared.format, *self.shared.alternatives]
+        options = [self._options(name, spectra[name], allowed) for name in self.linears]
+        chosen, self.optimality_gap = joint_allocation.joint(options, self.budget_bytes)
+        found = dict(zip(self.linears, chosen, strict=True))
+        self.formats = {name: option.format for name, option in found.items()}
+        return {name: option.rank for name, option in found.items()}
+
+    def _options(self, name: str, sigma: Tensor, allowed: list[Format]) -> list[Option]:
+        shape, align = self._shape(name), self.shared.align
+        options = [joint_allocation.dense_option(shape)]
+        for format in dict.fromkeys(allowed):
+            if format in budget.FACTORED:
+                options += joint_allocation.factored_options(format, sigma, shape, align)
+            elif name in (lost := self.lost[budget.ROUNDED[format]]):
+                largest = rounding.largest_rank(shape)
+                options += joint_allocation.rounded_options(format, lost[name], shape, align, largest)
+        return options
 
     def from_file(self) -> Ranks:
         """The ranks of ``train_ranks.file`` put onto the budget; sets ``file``, what that changed."""
@@ -154,10 +191,11 @@ class RankSearch:
         total = 0
         for name, rank in ranks.items():
             out_features, in_features = self._shape(name)
-            total += budget.stored_bytes(self.shared.format, out_features, in_features, rank)
+            format = self._format(name, rank)
+            total += budget.matrix_bytes(format, out_features, in_features, rank)
             matrices[name] = {
                 "rank": rank,
-                "format": self._format(name, rank),
+                "format": format,
                 "out_features": out_features,
                 "in_features": in_features,
             }
@@ -209,5 +247,5 @@ class RankSearch:
     def _shape(self, name: str) -> tuple[int, int]:
         return self.linears[name].out_features, self.linears[name].in_features
 
-    def _format(self, name: str, rank: int) -> str:
-        return budget.resolve_format(self.shared.format, *self._shape(name), rank)
+    def _format(self, name: str, rank: int) -> Format:
+        return self.formats.get(name) or budget.resolve_format(self.shared.format, *self._shape(name), rank)

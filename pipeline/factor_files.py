@@ -1,4 +1,8 @@
-"""The files between `update_weights` and `remap`: one per block, LINEAR.left and LINEAR.right in float32."""
+"""The files between `update_weights` and `remap`: one per block, LINEAR.left and LINEAR.right in float32.
+
+Those of rounded weights, in a folder of their own, hold LINEAR.values int8 and LINEAR.scale float16 besides, and
+factors only where the format has some.
+"""
 
 import json
 from collections.abc import Mapping
@@ -7,8 +11,10 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from spectrim.maths.lowrank import Factors
+from spectrim.maths.quantization import Quantized
 
 
 def read_factors(*files: Path) -> dict[str, Factors]:
@@ -30,3 +36,24 @@ def read_facts(file: Path) -> dict[str, Any]:
     """What was said about the factors in ``file``."""
     with safe_open(file, framework="pt") as handle:
         return json.loads(handle.metadata()["facts"])
+
+
+def write_rounded(file: Path, rounded: Mapping[str, tuple[Quantized, Factors | None]]) -> None:
+    """Write rounded weights, and the factors of what rounding lost."""
+    tensors: dict[str, Tensor] = {}
+    for name, (weight, factors) in rounded.items():
+        sides = {} if factors is None else factors._asdict()
+        parts = {"values": weight.values, "scale": weight.scale, **sides}
+        tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+    save_file(tensors, file)
+
+
+def read_rounded(file: Path) -> dict[str, tuple[Quantized, Factors | None]]:
+    """Linear name -> its rounded weight and its factors, or None."""
+    tensors = load_file(file)
+    found = {}
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
+        values, scale = tensors[f"{name}.values"], tensors[f"{name}.scale"]
+        factors = Factors(tensors[f"{name}.left"], tensors[f"{name}.right"]) if f"{name}.left" in tensors else None
+        found[name] = (Quantized(values, scale, None, values.shape[1] // scale.shape[1]), factors)
+    return found

@@ -92,7 +92,7 @@ def _neutral(svg: str, name: str) -> str:
 
 @_drawn("ranks")
 def ranks_figure(found: Sequence[Matrix]) -> "Figure":
-    """Heatmap of layers (across) and matrix types (down): the rank in figures, the share of bytes kept in colour."""
+    """Heatmap of layers (across) and matrix types (down): rank or format in figures, share of bytes kept in colour."""
     groups = by_kind(found)
     layers = sorted({matrix.layer for matrix in found})
     figure = _figure(min(11, 3 + 0.3 * len(layers)), 1.3 + 0.34 * len(groups))
@@ -109,9 +109,9 @@ def ranks_figure(found: Sequence[Matrix]) -> "Figure":
             fill: dict[str, Any] = DENSE if matrix.is_dense else {"facecolor": SHARES[step], "linewidth": 0}
             column = layers.index(matrix.layer)
             axes.add_patch(Rectangle((column - 0.47, row - 0.45), 0.94, 0.9, **fill))
-            if len(layers) <= MAX_ANNOTATED_LAYERS and not matrix.is_dense:
+            if len(layers) <= MAX_ANNOTATED_LAYERS:
                 color = "white" if step >= 3 else "#12202f"
-                axes.text(column, row, str(matrix.rank), ha="center", va="center", fontsize=7, color=color)
+                axes.text(column, row, matrix.label, ha="center", va="center", fontsize=7, color=color)
     axes.set(xlim=(-0.6, len(layers) - 0.4), ylim=(len(groups) - 0.4, -0.6), xlabel="layer")
     every = 1 if len(layers) <= MAX_ANNOTATED_LAYERS else 5
     axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]], fontsize=7.5)
@@ -123,6 +123,8 @@ def ranks_figure(found: Sequence[Matrix]) -> "Figure":
     bar.outline.set_visible(False)
     bar.set_label("bytes kept", fontsize=8)
     handles = [Patch(**DENSE, label="left dense")]
+    if not all(matrix.is_factored or matrix.is_dense for matrix in found):
+        handles.append(Patch(alpha=0, label="i4, i8: rounded weights, with factors where there is a +"))
     figure.legend(handles=handles, loc="outside upper right", frameon=False, fontsize=8)
     return figure
 
@@ -248,11 +250,11 @@ def _spectrum(axes: "Axes", sigma: "np.ndarray", matrix: Matrix, color: Any) -> 
     import numpy as np
 
     at = np.unique(np.linspace(0, len(sigma) - 1, MAX_DRAWN_POINTS).round().astype(int))
-    rank = min(matrix.rank, len(sigma))
+    rank = min(matrix.rank, len(sigma)) if matrix.is_factored else len(sigma)
     kept, cut = np.append(at[at < rank - 1], rank - 1), np.append(rank - 1, at[at >= rank])
     axes.plot(cut + 1, sigma[cut], color=INK, alpha=0.2, linewidth=0.8)
     axes.plot(kept + 1, sigma[kept], color=color, linewidth=1.3)
-    if not matrix.is_dense:
+    if matrix.is_factored:
         axes.plot([rank], [sigma[rank - 1]], "o", color=color, markersize=3.5)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectrim.errors import DataError
-from spectrim.maths.budget import Format, dense_bytes, matrix_bytes, resolve_format
+from spectrim.maths.budget import FACTORED, RESIDUAL, ROUNDED, Format, dense_bytes, matrix_bytes, resolve_format
 
 _PATH = re.compile(r"^.*?\.(?P<layer>\d+)\.(?P<kind>.+)$")
 _READING_ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj")
@@ -29,6 +29,18 @@ class Matrix:
         return self.format == "dense"
 
     @property
+    def is_factored(self) -> bool:
+        """Whether two factors of its rank are all that is stored."""
+        return self.format in FACTORED
+
+    @property
+    def label(self) -> str:
+        """The rank; or i4, i8 for rounded weights, with + where factors correct them; nothing where it is dense."""
+        if self.is_factored:
+            return str(self.rank)
+        return f"i{ROUNDED[self.format]}{'+' * (self.format in RESIDUAL)}" if self.format in ROUNDED else ""
+
+    @property
     def bytes(self) -> int:
         """Bytes of the weight as stored, scales included."""
         return matrix_bytes(self.format, self.out_features, self.in_features, self.rank)
@@ -44,14 +56,16 @@ class Matrix:
         return self.bytes / self.dense_bytes
 
 
-def stored_format(entry: Mapping[str, Any], format: Format) -> Format:
-    """What a matrix of ranks.json is stored in: ``format``, or dense where it was chosen or its factors cost more."""
-    dense = entry["format"] == "dense"
-    return "dense" if dense else resolve_format(format, entry["out_features"], entry["in_features"], entry["rank"])
+def stored_format(entry: Mapping[str, Any], format: Format | None) -> Format:
+    """What a matrix of ranks.json is stored in: as chosen, or in ``format`` where its factors cost less than dense."""
+    if format is None or entry["format"] == "dense":
+        chosen: Format = entry["format"]
+        return chosen
+    return resolve_format(format, entry["out_features"], entry["in_features"], entry["rank"])
 
 
-def read_matrices(ranks: Mapping[str, Any], format: Format) -> list[Matrix]:
-    """Every matrix of ranks.json as it is stored in ``format``, by type in reading order, then by layer.
+def read_matrices(ranks: Mapping[str, Any], format: Format | None) -> list[Matrix]:
+    """Every matrix of ranks.json as ``stored_format`` says, by type in reading order, then by layer.
 
     Raises:
         DataError: a name without a layer number.

@@ -51,10 +51,16 @@ def caveat(source: str) -> str | None:
 
 
 def kept_note(ranks: Mapping[str, Any]) -> str | None:
-    """The sentence that says training did not earn its keep and which ranks were kept instead; None otherwise."""
-    if ranks["chosen"] == ranks["method"]:
-        return None
+    """The sentence that says training did not earn its keep and which ranks were kept; None otherwise."""
     losses = ranks["validation_loss"]
+    best = min(losses, key=lambda name: losses[name], default=ranks["chosen"])
+    if ranks["chosen"] == ranks["method"]:
+        if best == ranks["chosen"]:
+            return None
+        return (
+            f"Training did not earn its keep: the ranks by “{ranks['method']}” were asked for and kept, those of "
+            f"“{best}” have a lower loss on the validation windows ({losses[ranks['method']]:.4f}, {losses[best]:.4f})."
+        )
     numbers = [f"{name} {losses[name]:.4f}" for name in (ranks["chosen"], ranks["method"]) if name in losses]
     return (
         f"Training did not earn its keep: asked for ranks by “{ranks['method']}”, kept those of “{ranks['chosen']}”, "

@@ -1,7 +1,7 @@
-"""One block of `remap`: from ranks and factors to the tensors of the storage format."""
+"""One block of `remap`: from ranks, factors and rounded weights to the tensors of the storage formats."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +9,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.factor_files import read_factors
+from pipeline.factor_files import read_factors, read_rounded
 from pipeline.matrices import stored_format
 from spectrim.checkpoint import Matrix
 from spectrim.errors import BudgetError
 from spectrim.maths.budget import Format, matrix_bytes
-from spectrim.saving import pack
+from spectrim.saving import pack, pack_rounded
 
 PACKED = "packed.safetensors"
 
 
-def choose(entry: Mapping[str, Any], format: Format) -> Matrix:
-    """``format`` at the rank that was chosen, or dense where the factors would cost more."""
-    if stored_format(entry, format) == "dense":
-        return Matrix("dense", min(entry["out_features"], entry["in_features"]))
-    return Matrix(format, entry["rank"])
+def choose(entry: Mapping[str, Any], format: Format | None) -> Matrix:
+    """The format and rank that were chosen, or ``format`` at that rank, or dense where its factors would cost more."""
+    stored = stored_format(entry, format)
+    return Matrix(stored, min(entry["out_features"], entry["in_features"]) if stored == "dense" else entry["rank"])
 
 
-def require_within(matrices: Mapping[str, Matrix], ranks: Mapping[str, Any], format: Format) -> None:
-    """Raise BudgetError when the matrices in ``format`` take more bytes than their ranks were chosen under."""
+def require_within(matrices: Mapping[str, Matrix], ranks: Mapping[str, Any], format: Format | None) -> None:
+    """Raise BudgetError when the matrices as stored take more bytes than their ranks were chosen under."""
     needed = sum(
         matrix_bytes(matrix.format, entry["out_features"], entry["in_features"], matrix.rank)
         for matrix, entry in zip(matrices.values(), ranks["matrices"].values(), strict=True)
@@ -39,14 +38,17 @@ def require_within(matrices: Mapping[str, Matrix], ranks: Mapping[str, Any], for
         )
 
 
-def pack_block(file: Path, matrices: Mapping[str, Matrix], half: torch.dtype, folder: Path) -> None:
-    """Write the packed tensors of the block whose factors are in ``file``."""
-    packed = {}
-    for name, factors in sorted(read_factors(file).items()):
+def pack_block(files: Sequence[Path], matrices: Mapping[str, Matrix], half: torch.dtype, folder: Path) -> None:
+    """Write the packed tensors of the block whose factors are in the first of ``files``, rounded weights in others."""
+    packed: dict[str, dict[str, Tensor]] = {}
+    for name, factors in read_factors(files[0]).items():
         if matrices[name].format != "dense":
-            tensors = pack(factors, matrices[name].format, half)
-            packed.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
-    save_file(packed, folder / PACKED)
+            packed[name] = pack(factors, matrices[name].format, half)
+    for file in files[1:]:
+        for name, (weight, residual) in read_rounded(file).items():
+            packed[name] = pack_rounded(weight, matrices[name].format, residual)
+    tensors = {f"{name}.{suffix}": tensor for name in sorted(packed) for suffix, tensor in packed[name].items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / PACKED)
 
 
 def load_packed(folders: Iterable[Path]) -> dict[str, dict[str, Tensor]]:

@@ -142,6 +142,13 @@ def _contradictions(values: Mapping[str, Any], texts: Mapping[str, Text] | None)
             )
     if values.get("train_ranks.method") == "file" and values.get("train_ranks.file", "") is None:
         yield "train_ranks.file: null; method file needs the path of a ranks.json or of a rank file of Dobi-SVD"
+    if values.get("compression.alternatives"):
+        for key, wanted in (("train_ranks.method", "fisher"), ("compression.tie", False), ("remap.format", "same")):
+            if key in values and values[key] != wanted:
+                yield (
+                    f"{key}: {values[key]!r} with compression.alternatives, which need {wanted!r} there; set that, or "
+                    "alternatives to []"
+                )
     for split in SPLITS:
         if texts is not None and not any(split in text.splits for text in texts.values()):
             yield f"data: no text has a {split} split; give one a share of its documents"

@@ -2,7 +2,8 @@
 
 import csv
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def render(
         summary: artifacts/update_weights/summary.json.
         spectra: matrix name -> σ (k,), float64, descending, in the metric ``params.train_ranks.whitening``.
     """
-    found = read_matrices(ranks, _stored(params))
+    found = read_matrices(ranks, None if params.remap.format == "same" else params.remap.format)
     metric, meaning = METRICS[params.train_ranks.whitening]
     energies = {matrix.name: discarded(matrix, spectra[matrix.name]) for matrix in found}
     drawn = {
@@ -85,8 +86,8 @@ def render(
 
 
 def discarded(matrix: Matrix, sigma: "np.ndarray") -> float:
-    """Σ_{i>rank} σᵢ², the energy that the cut discards; 0 for a matrix left dense."""
-    return 0.0 if matrix.is_dense else float((sigma[matrix.rank :] ** 2).sum())
+    """Σ_{i>rank} σᵢ², the energy that the cut discards; 0 for a matrix that is not cut."""
+    return float((sigma[matrix.rank :] ** 2).sum()) if matrix.is_factored else 0.0
 
 
 def read_curve(path: Path) -> "dict[str, np.ndarray]":
@@ -163,7 +164,7 @@ def _text(
         "prompt": params.evaluate.prompt,
         "generation": metrics["generation"],
         "generation_dense": metrics.get("generation_dense"),
-        "recipe": _recipe(params, calibrate, ranks),
+        "recipe": _recipe(params, calibrate, ranks, found),
         "protocol": tables.protocol_table(metrics),
     }
 
@@ -171,16 +172,18 @@ def _text(
 def _subtitle(params: Params, ranks: Mapping[str, Any]) -> str:
     model = re.split(r"[/:]", params.model.source.rstrip("/"))[-1]
     return (
-        f"{model} · ratio {params.compression.ratio:g} · {_stored(params)} factors · "
+        f"{model} · ratio {params.compression.ratio:g} · {_factors(params)} factors · "
         f"ranks from {ranks['chosen']} · weights by {params.update_weights.method}"
     )
 
 
-def _stored(params: Params) -> Format:
+def _factors(params: Params) -> Format:
     return params.compression.format if params.remap.format == "same" else params.remap.format
 
 
-def _recipe(params: Params, calibrate: Mapping[str, Any], ranks: Mapping[str, Any]) -> tables.Table:
+def _recipe(
+    params: Params, calibrate: Mapping[str, Any], ranks: Mapping[str, Any], found: Sequence[Matrix]
+) -> tables.Table:
     rows = [
         ("model", params.model.source),
         (
@@ -195,7 +198,7 @@ def _recipe(params: Params, calibrate: Mapping[str, Any], ranks: Mapping[str, An
         ),
         *([("knapsack", note)] if (note := notes.gap_note(ranks)) else []),
         ("weights", params.update_weights.method),
-        ("stored as", _stored(params)),
+        ("stored as", ", ".join(f"{name}: {count}" for name, count in Counter(m.format for m in found).most_common())),
     ]
     rows += [
         (

@@ -40,6 +40,9 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Source = Annotated[NonEmpty, AfterValidator(_source)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Alternative = Literal[
+    "float16", "pifa", "remap", "int8", "pifa_int8", "dense_int8", "dense_int4", "int8_residual", "int4_residual"
+]
 Size = Annotated[str, Field(pattern=r"^[1-9][0-9]*(KB|MB|GB)$")]
 Splits = Annotated[
     dict[Literal["calibration", "validation", "test"], Annotated[float, Field(gt=0, le=1)]],
@@ -73,11 +76,13 @@ class Text:
 class Compression:
     """What every compressing stage shares; ``ratio`` = bytes kept / 16-bit bytes of the same linears.
 
+    ``format`` is that of the factors; ``alternatives`` are the formats that a matrix may be stored in instead.
     ``tie`` gives the linears that read the same input (q/k/v, gate/up) one common rank.
     """
 
     ratio: Kept
-    format: Literal["float16", "pifa", "remap", "int8"]
+    format: Literal["float16", "pifa", "remap", "int8", "pifa_int8"]
+    alternatives: list[Alternative]
     align: AtLeast1
     tie: bool
     exclude: list[str]
@@ -134,12 +139,14 @@ class TrainRanks:
 
     ``file``: read by the method of that name, see pipeline/rank_files.py; ``file_sha256`` of it, or null.
     ``objective``: what gates and dobi minimise, the text's cross-entropy or the divergence from the dense model.
+    ``keep``: of gates and dobi, the ranks that are ``best`` on the validation windows, or the ``trained`` ones anyway.
     """
 
     method: Literal["gates", "dobi", "uniform", "svd_llm_v2", "fisher", "file"]
     file: NonEmpty | None
     file_sha256: Sha256 | None
     objective: Literal["cross_entropy", "kl"]
+    keep: Literal["best", "trained"]
     whitening: Literal["input", "two_sided"]
     steps: AtLeast1
     seq_len: AtLeast2
@@ -215,7 +222,7 @@ class UpdateWeights:
 class Remap:
     """Storage format of the factors (``same`` = compression.format) and the size of a checkpoint's shards."""
 
-    format: Literal["same", "float16", "pifa", "remap", "int8"]
+    format: Literal["same", "float16", "pifa", "remap", "int8", "pifa_int8"]
     max_shard_size: Size
 
 

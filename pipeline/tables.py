@@ -168,7 +168,7 @@ def ranks_table(found: Sequence[Matrix], discarded: Mapping[str, float], meaning
     whole = sum(discarded.values())
     rows = []
     for kind, group in by_kind(found).items():
-        low_rank = [matrix.rank for matrix in group if not matrix.is_dense]
+        low_rank = [matrix.rank for matrix in group if matrix.is_factored]
         dense = sum(matrix.dense_bytes for matrix in group)
         energy = sum(discarded[matrix.name] for matrix in group)
         rows.append(
@@ -176,7 +176,7 @@ def ranks_table(found: Sequence[Matrix], discarded: Mapping[str, float], meaning
                 kind,
                 " / ".join(dict.fromkeys(f"{matrix.out_features} × {matrix.in_features}" for matrix in group)),
                 f"{min(low_rank)} – {median(low_rank):g} – {max(low_rank)}" if low_rank else "–",
-                f"{len(group) - len(low_rank)} of {len(group)}",
+                f"{sum(matrix.is_dense for matrix in group)} of {len(group)}",
                 f"{100 * sum(matrix.bytes for matrix in group) / dense:.1f} %",
                 f"{100 * energy / whole:.1f} %" if whole else "–",
             )

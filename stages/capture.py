@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline import chain, walk
@@ -18,6 +18,7 @@ from pipeline.console import run
 from pipeline.devices import resolve
 from pipeline.layers import LayerTask, run_layers
 from pipeline.params import load
+from pipeline.spectra_file import Tokens, write_spectra
 from pipeline.store import LayerStore, code_digest, key, link_or_copy
 from pipeline.texts import load_windows
 from spectrim import blocks, capture, modules
@@ -66,7 +67,7 @@ def main() -> None:
                 link_or_copy(files[i].parent, out / name)
             tensors = load_file(factors[i])
             spectra |= {name: tensors[name] for name in tensors if name.startswith(("two_sided.", "input."))}
-        save_file(spectra, out / "spectra.safetensors", metadata={"n_tokens": str(windows.numel())})
+        write_spectra(out, spectra, Tokens(windows.numel(), walker.graded.numel()))
     walker.clear()
 
 

@@ -23,20 +23,22 @@ def main() -> None:
     require_model(dense)
     ranks_file, half = artifact("train_ranks", "ranks.json"), saving.half_dtype(dense)
     ranks = read_json(ranks_file)
-    format = ranks["format"] if params.remap.format == "same" else params.remap.format
+    format = None if params.remap.format == "same" else params.remap.format
     matrices = {name: packing.choose(entry, format) for name, entry in ranks["matrices"].items()}
     packing.require_within(matrices, ranks, format)
     listed = {name: list(matrix) for name, matrix in matrices.items()}
-    files = sorted(artifact("update_weights").glob("*.safetensors"))
-    factors = {file.stem: sha256_file(file) for file in files}
+    blocks = {file.stem: [file] for file in sorted(artifact("update_weights").glob("*.safetensors"))}
+    for file in artifact("update_weights").glob("rounded/*.safetensors"):
+        blocks[file.stem].append(file)
+    factors = {block: [sha256_file(file) for file in files] for block, files in blocks.items()}
     code = code_digest(packing, factor_files, saving, stored_linear, budget, pivoting, quantization)
     tasks = [
         LayerTask(
-            f"block {file.stem}",
-            key("remap", file.stem, code, factors[file.stem], listed, str(half)),
-            partial(packing.pack_block, file, matrices, half),
+            f"block {block}",
+            key("remap", block, code, factors[block], listed, str(half)),
+            partial(packing.pack_block, files, matrices, half),
         )
-        for file in files
+        for block, files in blocks.items()
     ]
     entries = run_layers("remap", tasks, params.runtime, LayerStore())
     facts = {

@@ -10,7 +10,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from pipeline import figures, matrices, notes, report, tables
+from pipeline import figures, matrices, notes, report, spectra_file, tables
 from pipeline.artifacts import artifact, fresh_folder, read_json, sha256_file, write_text
 from pipeline.console import run
 from pipeline.params import Params, load
@@ -18,7 +18,7 @@ from pipeline.store import LayerStore, code_digest, key
 from spectrim.maths import budget
 
 METRICS, RANKS = Path("reports", "metrics.json"), artifact("train_ranks", "ranks.json")
-CALIBRATE, SPECTRA = artifact("calibrate", "calibrate.json"), artifact("capture", "spectra.safetensors")
+CALIBRATE, SPECTRA = artifact("calibrate", "calibrate.json"), artifact("capture", spectra_file.NAME)
 SUMMARY = artifact("update_weights", "summary.json")
 CURVES = (artifact("train_ranks", "curve.csv"), artifact("update_weights", "refinement.csv"))
 

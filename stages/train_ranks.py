@@ -1,14 +1,15 @@
-"""A rank for every matrix under the byte budget; trained ones only where they are the best on validation windows.
+"""A rank for every matrix under the byte budget; trained ones if they are the best on validation windows, or asked for.
 
 reads   artifacts/prepare, artifacts/calibrate (calibration, validation), artifacts/capture; train_ranks.file
 writes  artifacts/train_ranks: ranks.json, curve.csv
-params  train_ranks, compression
+params  train_ranks, compression, capture.{damping,max_damping} where weights are rounded
 """
 
 import csv
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from pipeline import rounding
 from pipeline.artifacts import artifact, fresh_folder, write_json
 from pipeline.candidates import RankSearch
 from pipeline.console import run
@@ -22,9 +23,10 @@ def main() -> None:
     """Choose ranks under the byte budget."""
     params = load()
     settings = params.train_ranks
-    search = RankSearch(
-        artifact("prepare"), artifact("capture"), params.compression, settings, resolve(params.runtime.device)
-    )
+    device, shared = resolve(params.runtime.device), params.compression
+    rounded = rounding.rounded_blocks(params, shared.alternatives, device)
+    lost = {n_bits: rounding.spectra(files) for n_bits, files in rounded.items()}
+    search = RankSearch(artifact("prepare"), artifact("capture"), shared, settings, device, lost)
     proposals = {
         "uniform": search.uniform,
         "svd_llm_v2": search.svd_llm_v2,
@@ -40,7 +42,8 @@ def main() -> None:
         windows = load_windows(artifact("calibrate") / "calibration.parquet")[:, : settings.seq_len]
         candidates[settings.method] = search.train(windows, candidates, curve)
         losses = search.validate(candidates, load_windows(artifact("calibrate") / "validation.parquet"))
-        chosen = min(losses, key=lambda name: losses[name])
+        if settings.keep == "best":
+            chosen = min(losses, key=lambda name: losses[name])
     with fresh_folder(artifact("train_ranks")) as out:
         write_json(
             out / "ranks.json", search.describe(candidates[chosen]) | {"chosen": chosen, "validation_loss": losses}

@@ -1,7 +1,8 @@
 """The factors of every matrix at its rank, and their refinement.
 
 reads   artifacts/prepare, artifacts/capture, artifacts/train_ranks/ranks.json, artifacts/calibrate
-writes  artifacts/update_weights: one file of factors per block, refinement.csv, summary.json (errors, variants)
+writes  artifacts/update_weights: one file of factors per block, rounded/ with one file of rounded weights per block,
+        refinement.csv, summary.json (errors, variants)
 params  update_weights, compression.{exclude,seed}, capture.{damping,max_damping}
 """
 
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import chain, factor_files, refine, updates, variants
+from pipeline import chain, factor_files, refine, rounding, updates, variants
 from pipeline.artifacts import artifact, fresh_folder, read_json, require_model, sha256_file, write_json
 from pipeline.console import run
 from pipeline.devices import resolve
@@ -31,7 +32,9 @@ from spectrim import (
     stored_linear,
     weight_update,
 )
+from spectrim.checkpoint import Matrix
 from spectrim.maths import anchoring, losses, lowrank, quantization, sampling, schedule, shrinkage, subspace, whitening
+from spectrim.maths.budget import FACTORED
 
 UPDATES = (
     *(updates, chain, factor_files, block_refinement, blocks, capture, modules, prefix, weight_update),
@@ -48,11 +51,12 @@ def main() -> None:
     params, store, device = load(), LayerStore(), resolve(load().runtime.device)
     settings = params.update_weights
     require_model(artifact("prepare"))
-    ranks = {
-        name: matrix["rank"]
+    matrices = {
+        name: Matrix(matrix["format"], matrix["rank"])
         for name, matrix in read_json(artifact("train_ranks") / "ranks.json")["matrices"].items()
-        if matrix["format"] != "dense"
     }
+    ranks = {name: matrix.rank for name, matrix in matrices.items() if matrix.format in FACTORED}
+    rounded = rounding.rounded_blocks(params, {matrix.format for matrix in matrices.values()}, device)
     choices = [Variant(alpha, share) for alpha in settings.anchor.alpha for share in settings.shrinkage]
     made = {variant.name: _factors(params, ranks, device, store, variant) for variant in choices}
     losses, chosen = {}, choices[0].name
@@ -64,6 +68,7 @@ def main() -> None:
     with fresh_folder(artifact("update_weights")) as out:
         for folder in [refined] if refined else [file.parent for file in files]:
             link_or_copy(folder, out)
+        rounding.write(rounded, matrices, out / "rounded")
         if refined is None:
             refine.write_curve(out / refine.CURVE, [])
         write_json(

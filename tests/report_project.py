@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
-from safetensors.numpy import save_file
 
+from pipeline.spectra_file import Tokens, write_spectra
 from spectrim.maths.budget import dense_bytes, matrix_bytes
 
 SHAPES = {
@@ -119,8 +120,10 @@ def write(root: Path, *, n_blocks: int = 30, chosen: str = "gates", trained: boo
         points = losses if trained else []
         csv.writer(stream).writerows([("step", "loss", "validation_loss"), *points])
     _json(root / "artifacts/update_weights/summary.json", {"chosen": "alpha 0, shrinkage 0", "validation_loss": {}})
-    stored = {f"{metric}.{name}": sigma for name, sigma in sigmas.items() for metric in ("two_sided", "input")}
-    save_file(stored, root / "artifacts/capture/spectra.safetensors", metadata={"n_tokens": "65536"})
+    stored = {
+        f"{metric}.{name}": torch.tensor(sigma) for name, sigma in sigmas.items() for metric in ("two_sided", "input")
+    }
+    write_spectra(root / "artifacts/capture", stored, Tokens(65536, 16384))
     splits = {"calibration": 64, "validation": 8}
     _json(
         root / "artifacts/calibrate/calibrate.json",

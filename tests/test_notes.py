@@ -51,6 +51,10 @@ def test_another_kept_candidate_is_named_with_both_losses(ranks: dict[str, Any])
     assert note is not None
     assert "“gates”, kept those of “fisher”" in note
     assert "fisher 3.7204, gates 3.7711" in note
+    asked_for = notes.kept_note(
+        report_project.ranks(report_project.spectra(1), 0.8, chosen="fisher") | {"chosen": "gates"}
+    )
+    assert asked_for is not None and "asked for and kept, those of “fisher” have a lower loss" in asked_for
 
 
 def test_ranks_from_a_file_are_compared_with_it(ranks: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ REFUSED: dict[str, list[Any]] = {
     "model.sha256": ["abc", "G" * 64, 7],
     "compression.ratio": [0, -0.1, 1.5, "0.8", None, float("nan")],
     "compression.format": ["int4", "float32", None],
+    "compression.alternatives": ["pifa", ["dense"], ["int4"], None],
     "compression.align": [0, 1.5, "8"],
     "compression.tie": ["yes", 1, None],
     "compression.exclude": ["*.down_proj", [1]],
@@ -49,6 +50,7 @@ REFUSED: dict[str, list[Any]] = {
     "train_ranks.file": ["", 3],
     "train_ranks.file_sha256": ["abc", "G" * 64, 7],
     "train_ranks.objective": ["mse", None],
+    "train_ranks.keep": ["last", None, True],
     "train_ranks.whitening": ["output"],
     "train_ranks.steps": [0],
     "train_ranks.seq_len": [1, 10**6],
@@ -233,6 +235,15 @@ def test_only_what_uses_the_inputs_gram_can_be_anchored_or_shrunk(
         f"update_weights.{key} with method {method}, which has no use for the inputs' Gram; set it to [0.0]"
         for key in ("anchor.alpha: [0.5]", "shrinkage: [0.0, 0.1]")
     ]
+
+
+def test_only_the_knapsack_chooses_among_formats(content: dict[str, Any], problems: Problems) -> None:
+    content["compression"] |= {"alternatives": ["dense_int8"], "tie": True}
+    content["train_ranks"]["method"] = "gates"
+    content["remap"]["format"] = "int8"
+    assert [line.split(" with compression.alternatives")[0] for line in problems(content)] == [
+        "train_ranks.method: 'gates'", "compression.tie: True", "remap.format: 'int8'"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["compression: [", "- a list", "", "\tx: 1", "model: {}\nmodel: {}"])

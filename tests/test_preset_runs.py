@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipeline import preset
+from spectrim.maths.budget import FACTORED
 from tests.test_preset import NAMES, write
 from tests.tiny import REPOSITORY, Project
 
@@ -37,13 +38,15 @@ def test_a_preset_runs_to_the_evaluation(
     config = read(artifacts / "remap" / "config.json")["quantization_config"]
     metrics = read(project.folder / "reports" / "metrics.json")
     assert ranks["method"] == values["train_ranks.method"] and ranks["format"] == values["compression.format"]
-    factored = {matrix for matrix, entry in ranks["matrices"].items() if entry["format"] != "dense"}
-    assert factored and set(summary["relative_error"]) == factored
+    factored = {matrix for matrix, entry in ranks["matrices"].items() if entry["format"] in FACTORED}
+    assert set(summary["relative_error"]) == factored
     assert summary["method"] == values["update_weights.method"]
     damped = values["update_weights.method"] in ("two_sided", "svd_llm", "svd_llm_v2")
     assert set(summary["damping"]) == (factored if damped else set())
-    formats = {matrix["format"] for matrix in config["matrices"].values()}
-    assert formats <= {"dense", values["compression.format"]}
+    formats = {matrix["format"] for matrix in config["matrices"].values()} - {"dense"}
+    assert formats and formats <= {values["compression.format"], *values["compression.alternatives"]}
+    if values["train_ranks.keep"] == "trained":
+        assert ranks["chosen"] == ranks["method"]
     assert metrics["ratio"]["file"] <= metrics["ratio"]["target"] == 0.8
     text = metrics["perplexity"]["corpus"]
     assert math.isfinite(text["compressed"]) and text["compressed"] != text["dense"]

@@ -1,0 +1,47 @@
+"""A weight rounded against its captured Gram, and the low-rank correction of what rounding lost.
+
+    Q = argmin over the grid of ‖(W − Q) G^½‖, greedily (maths/compensation.py)
+    L R = argmin over rank r of ‖D^½ (W − Q − L R) G^½‖ for every r at once (maths/lowrank.py, two_sided)
+
+With G and D divided by their numbers of tokens, Σ_{i>r} σᵢ² / 2 of the second predicts what the loss gains, as that of
+the weight's own decomposition does, so that rounded and factored weights compare.
+
+Source: low-rank correction in the captured metric: LQER, Zhang et al. 2024, arXiv:2402.02446; QERA, Zhang et al. 2024,
+arXiv:2410.06040 (both with the input's Gram alone).
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from spectrim.maths.budget import group_size
+from spectrim.maths.compensation import compensated
+from spectrim.maths.lowrank import Decomposition, smaller_root, two_sided
+from spectrim.maths.quantization import Quantized, dequantize
+
+
+class Rounded(NamedTuple):
+    """``weight`` Q on its grid, and the decomposition of W − Q, from which the factors of any rank are cut."""
+
+    weight: Quantized
+    residual: Decomposition
+
+
+def rounded(
+    weight: Tensor, gram: Tensor, gradient_gram: Tensor, n_bits: int, damping: float, max_damping: float
+) -> Rounded:
+    """W ≈ Q + L R in the groups that the storage formats have.
+
+    Args:
+        weight: W, (out, in).
+        gram, gradient_gram: G (in, in) and D (out, out), per token.
+        n_bits: 8 or 4.
+        damping, max_damping: of both Grams where the correction is decomposed; rounding damps on its own.
+
+    Raises:
+        NumericalError: shapes do not match, something is not finite, or a Gram cannot be repaired.
+    """
+    quantized = compensated(weight, gram, n_bits, group_size(n_bits, weight.shape[1]))
+    error = weight.double() - dequantize(quantized).double()
+    root = smaller_root(error, gram, gradient_gram, damping, max_damping)
+    return Rounded(quantized, two_sided(error, gram, gradient_gram, damping, max_damping, **root))
