@@ -146,6 +146,21 @@ def _problems(fields: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: rank {matrix['rank']!r} must be an integer of at least 1"
 
 
+def read_config(folder: Path) -> SpectrimConfig:
+    """The checked ``quantization_config`` of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}; a checkpoint's folder is required") from None
+    if not isinstance(config, Mapping) or config.get("quant_method") != METHOD:
+        raise CheckpointError(f"{folder}: config.json has no Spectrim quantization_config; a checkpoint is required")
+    return SpectrimConfig(**config)
+
+
 def headers(files: Iterable[Path]) -> dict[str, Entry]:
     """name -> Entry of every tensor in safetensors ``files``; no tensor is read.
 
@@ -242,13 +257,10 @@ def read_bytes(folder: str | Path) -> dict[str, Any]:
         CheckpointError: not a Spectrim checkpoint, or a tensor of it is missing.
     """
     folder = Path(folder)
-    files = weight_files(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    if config.get("quant_method") != METHOD:
-        raise CheckpointError(f"{folder}: config.json has no Spectrim quantization_config; a checkpoint is required")
+    files, config = weight_files(folder), read_config(folder)
     modules = by_module(headers(files))
     linears = dense = 0
-    for name, matrix in SpectrimConfig(**config).listed.items():
+    for name, matrix in config.listed.items():
         found = modules.get(name, {})
         dense += dense_bytes(*check_matrix(name, matrix, {suffix: entry[:2] for suffix, entry in found.items()}))
         linears += sum(CODES[entry.dtype].itemsize * prod(entry.shape) for entry in found.values())

@@ -50,7 +50,7 @@ def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16) -
         sides = {"weight": pivoted.rows.mT, "left": pivoted.coefficients}
         if format == "pifa_int8":
             return _int8(sides) | {"order": pivoted.order}
-        return {name: _narrow(side, dtype).contiguous() for name, side in sides.items()} | {"order": pivoted.order}
+        return {name: narrow(side, dtype).contiguous() for name, side in sides.items()} | {"order": pivoted.order}
     left, right = balance(factors)
     sides = {"left": left, "weight": right.mT}
     packed: dict[str, Tensor] = {}
@@ -62,7 +62,7 @@ def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16) -
         if stored.dtype == torch.int8:
             packed[suffix], packed[f"{suffix}_scale"] = quantize_directions(rows, dim=1)
         else:
-            packed[suffix] = _narrow(rows, dtype)
+            packed[suffix] = narrow(rows, dtype)
     return {suffix: tensor.contiguous() for suffix, tensor in packed.items()}
 
 
@@ -128,7 +128,51 @@ def assemble(
         CheckpointError: a matrix is not in ``source``, its tensors are not those of its format, or the size is no size.
     """
     half = half_dtype(source)
-    tensors, table, n_dense = _replaced(source, packed, matrices, half)
+    tensors = {name: read_tensor(entry, name) for name, entry in headers(weight_files(source)).items()}
+    stored: dict[str, Mapping[str, Tensor]] = {}
+    for name, matrix in matrices.items():
+        if f"{name}.weight" not in tensors:
+            raise CheckpointError(f"{name}: {source} has no tensor {name}.weight; rebuild the prepared model")
+        weight = tensors.pop(f"{name}.weight")
+        stored[name] = {"weight": narrow(weight, half)} if matrix.format == "dense" else packed.get(name, {})
+        shape = check_matrix(name, matrix, _described(stored[name]))
+        if shape != weight.shape:
+            raise CheckpointError(f"{name}: factors of a {shape} weight, the dense weight is {tuple(weight.shape)}")
+    return write_checkpoint(
+        source, destination, tensors, stored, matrices, half,
+        ratio_target=ratio_target, provenance=provenance, max_shard_size=max_shard_size, skip=skip,
+    )  # fmt: skip
+
+
+def write_checkpoint(
+    source: Path,
+    destination: Path,
+    others: Mapping[str, Tensor],
+    stored: Mapping[str, Mapping[str, Tensor]],
+    matrices: Mapping[str, Matrix],
+    half: torch.dtype,
+    *,
+    ratio_target: float,
+    provenance: Mapping[str, Any],
+    max_shard_size: str = "2GB",
+    skip: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Write a checkpoint of the stored tensors of every matrix and all ``others``; see ``assemble``.
+
+    Args:
+        source: folder whose config.json and other files are taken over.
+        others: every tensor of the model that belongs to none of the matrices, by its name.
+        stored: linear name -> suffix -> tensor of every matrix, dense ones included.
+        half: the 16-bit dtype of the checkpoint.
+
+    Raises:
+        CheckpointError: the tensors of a matrix are not those of its format, or the size is no size.
+    """
+    tensors, table, n_dense = dict(others), {}, 0
+    for name, matrix in matrices.items():
+        n_dense += dense_bytes(*check_matrix(name, matrix, _described(stored[name])))
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in stored[name].items()}
+        table[name] = {**matrix._asdict(), "bytes": sum(part.nbytes for part in stored[name].values())}
     ratio = sum(row["bytes"] for row in table.values()) / n_dense
     destination.mkdir(parents=True, exist_ok=True)
     _save(tensors, destination, max_shard_size)
@@ -148,35 +192,19 @@ def assemble(
     return measured
 
 
-def _replaced(
-    source: Path, packed: Mapping[str, Mapping[str, Tensor]], matrices: Mapping[str, Matrix], half: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], int]:
-    """All tensors of the checkpoint, a row with format, rank and bytes per matrix, and the matrices' 16-bit bytes."""
-    tensors = {name: _read(entry, name) for name, entry in headers(weight_files(source)).items()}
-    table: dict[str, dict[str, Any]] = {}
-    n_dense = 0
-    for name, matrix in matrices.items():
-        if f"{name}.weight" not in tensors:
-            raise CheckpointError(f"{name}: {source} has no tensor {name}.weight; rebuild the prepared model")
-        weight = tensors.pop(f"{name}.weight")
-        parts = {"weight": _narrow(weight, half)} if matrix.format == "dense" else dict(packed.get(name, {}))
-        shape = check_matrix(name, matrix, {suffix: _describe(part) for suffix, part in parts.items()})
-        if shape != weight.shape:
-            raise CheckpointError(f"{name}: factors of a {shape} weight, the dense weight is {tuple(weight.shape)}")
-        tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in parts.items()})
-        table[name] = {**matrix._asdict(), "bytes": sum(part.nbytes for part in parts.values())}
-        n_dense += dense_bytes(*weight.shape)
-    return tensors, table, n_dense
+def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in a 16-bit dtype.
 
-
-def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    narrow = tensor.to(dtype)
-    if not narrow.isfinite().all():
+    Raises:
+        CheckpointError: a value does not fit.
+    """
+    rounded = tensor.to(dtype)
+    if not rounded.isfinite().all():
         raise CheckpointError(
             f"a weight of {tensor.abs().max():.3g} does not fit {dtype}, whose largest number is "
             f"{torch.finfo(dtype).max:.3g}; set prepare.stored_dtype to bfloat16"
         )
-    return narrow
+    return rounded
 
 
 def _int8(sides: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -187,14 +215,16 @@ def _int8(sides: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return packed
 
 
-def _describe(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
-    codes = {dtype: code for code, dtype in CODES.items()}
-    return codes.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
-
-
-def _read(entry: Entry, name: str) -> Tensor:
+def read_tensor(entry: Entry, name: str) -> Tensor:
+    """One tensor of a checkpoint's files."""
     with safe_open(entry.file, framework="pt") as opened:
         return opened.get_tensor(name)
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """suffix -> dtype code and shape, as ``checkpoint.headers`` has them."""
+    codes = {dtype: code for code, dtype in CODES.items()}
+    return {name: (codes.get(part.dtype, str(part.dtype)), tuple(part.shape)) for name, part in tensors.items()}
 
 
 def _save(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: str) -> None:
