@@ -194,7 +194,9 @@ def check_matrix(name: str, matrix: Matrix, found: Mapping[str, tuple[str, tuple
     Raises:
         CheckpointError: a tensor is missing, unlisted, or of another dtype or shape.
     """
-    out_features, in_features = _dense_shape(matrix, found)
+    out_features, in_features = (
+        max(size, 1) for size in _dense_shape(matrix, found)
+    )  # 0: what is missing is said below
     expected = stored_tensors(matrix.format, out_features, in_features, matrix.rank)
     for suffix in sorted(expected.keys() | found.keys()):
         if suffix not in found or suffix not in expected:

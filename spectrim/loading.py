@@ -64,7 +64,9 @@ class SpectrimQuantizer(HfQuantizer):
                 f"{type(model).__name__}: a Spectrim checkpoint is loaded from the safetensors files of its folder, "
                 "not from a state_dict or another file"
             )
-        entries = headers(Path(file) for file in checkpoint_files)
+        files = [Path(file) for file in checkpoint_files]
+        _require_inside(files, model.name_or_path)
+        entries = headers(files)
         self._replace_linears(model, entries)
         _check_keys(model, entries)
 
@@ -144,6 +146,17 @@ def _in_half(state: Mapping[str, Tensor], half: torch.dtype, lossy: set[str]) ->
             done[tie] = narrow if name in lossy or torch.equal(narrow.float(), tensor) else tensor
         result[name] = done[tie]
     return result
+
+
+def _require_inside(files: Iterable[Path], folder: str) -> None:
+    """A local checkpoint's index may name files of its own folder only; a hub's files are where its cache puts them."""
+    if not folder or not Path(folder).is_dir():
+        return
+    for file in files:
+        if file.parent.resolve() != Path(folder).resolve():
+            raise CheckpointError(
+                f"{file}: outside the checkpoint's folder {folder}; its index must name its own files"
+            )
 
 
 def _check_keys(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
