@@ -64,12 +64,12 @@ class Measure:
         linear_bytes = numbers * WIDTHS[self.params.prepare.stored_dtype]
         file = sum(path.stat().st_size for path in prepared.glob("*.safetensors"))
         size = {"bytes": file, "linear_bytes": linear_bytes}
-        yield {"preset": "dense", "ratio": 1.0, "perplexity": self._perplexity(model, "dense"), **size}
+        yield {"preset": "dense", "ratio": 1.0, "perplexity": self.perplexity(model, "dense"), **size}
         for name, (n_bits, group_size) in QUANTIZED.items():
             model = load_model(prepared, self.device)
             found = quantize_model_(model, n_bits, group_size=group_size, exclude=exclude)
             size = {"bytes": file - linear_bytes + found["bytes"], "linear_bytes": found["bytes"]}
-            yield {"preset": name, "ratio": found["ratio"], "perplexity": self._perplexity(model, name), **size}
+            yield {"preset": name, "ratio": found["ratio"], "perplexity": self.perplexity(model, name), **size}
 
     def row(self, name: str, ratio: float) -> Row:
         """One preset at one ratio.
@@ -92,7 +92,7 @@ class Measure:
             result = folder / "artifacts" / "remap"
             stored = read_bytes(result)
             model = load_model(result, self.device)
-            perplexity = self._perplexity(model, f"{name} at {ratio}")
+            perplexity = self.perplexity(model, f"{name} at {ratio}")
         return {
             "preset": name,
             "ratio": ratio,
@@ -105,7 +105,8 @@ class Measure:
             "peak_memory": max(peaks),
         }
 
-    def _perplexity(self, model: Any, desc: str) -> dict[str, float]:
+    def perplexity(self, model: Any, desc: str) -> dict[str, float]:
+        """Text -> perplexity on its windows."""
         with torch.no_grad():
             found = text_perplexities(model, self.windows, batch_size=self.params.evaluate.batch_size, desc=desc)
         return {name: entry["perplexity"] for name, entry in found.items()}

@@ -47,7 +47,7 @@ class SpectrimQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return all(matrix.format in ("dense", "float16", "pifa") for matrix in self.quantization_config.listed.values())
+        return True  # 16-bit factors themselves, and adapters beside any format: gradients reach every input
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         half = HALF[self.quantization_config.stored_dtype]
@@ -69,6 +69,11 @@ class SpectrimQuantizer(HfQuantizer):
         entries = headers(files)
         self._replace_linears(model, entries)
         _check_keys(model, entries)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        # transformers forbids quantized models half() and float(); here integers and scales stay as they are
+        setattr(model, "is_quantized", False)  # noqa: B010 - nn.Module declares every attribute a tensor or a module
+        return model
 
     def _replace_linears(self, model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
         modules = by_module(entries)
@@ -148,7 +153,7 @@ def _in_half(state: Mapping[str, Tensor], half: torch.dtype, lossy: set[str]) ->
     return result
 
 
-def _require_inside(files: Iterable[Path], folder: str) -> None:
+def _require_inside(files: Iterable[Path], folder: str | None) -> None:
     """A local checkpoint's index may name files of its own folder only; a hub's files are where its cache puts them."""
     if not folder or not Path(folder).is_dir():
         return

@@ -31,9 +31,10 @@ def throughput(
     prefill_tokens: int,
     decode_tokens: int,
     repeats: int,
+    batch_size: int = 1,
     progress: Progress = iter,
 ) -> Throughput:
-    """Tokens per second of every model, batch 1: n_tokens / median of ``repeats`` wall-clock times.
+    """Tokens per second of every model, over the whole batch: n_tokens / median of ``repeats`` wall-clock times.
 
     The models take turns within every repeat, so that a machine that slows down slows all of them. The first round
     warms up and is not counted. Prefill reads ``prefill_tokens`` at once and computes the last logits only, as
@@ -41,9 +42,10 @@ def throughput(
 
     Args:
         models: name -> causal language model in evaluation mode, each on its device.
-        prefill_tokens: length of the prompt, tokens.
+        prefill_tokens: length of each prompt, tokens.
         decode_tokens: steps after it, tokens.
         repeats: timed rounds.
+        batch_size: prompts at once.
         progress: wraps the sequence of the rounds, for a progress bar.
 
     Raises:
@@ -54,12 +56,13 @@ def throughput(
         _check_context(name, model, prefill_tokens + decode_tokens)
     for turn in progress(range(repeats + 1)):
         for name, model in models.items():
-            seconds = _run(model, prefill_tokens, decode_tokens)
+            seconds = _run(model, prefill_tokens, decode_tokens, batch_size)
             if turn > 0:
                 times[name].append(seconds)
+    read, written = batch_size * prefill_tokens, batch_size * decode_tokens
     return {
-        "prefill": {name: prefill_tokens / median(pair[0] for pair in pairs) for name, pairs in times.items()},
-        "decode": {name: decode_tokens / median(pair[1] for pair in pairs) for name, pairs in times.items()},
+        "prefill": {name: read / median(pair[0] for pair in pairs) for name, pairs in times.items()},
+        "decode": {name: written / median(pair[1] for pair in pairs) for name, pairs in times.items()},
     }
 
 
@@ -96,10 +99,11 @@ def peak_bytes(model: PreTrainedModel, *, prefill_tokens: int, decode_tokens: in
 
 
 @torch.inference_mode()
-def _run(model: PreTrainedModel, prefill_tokens: int, decode_tokens: int) -> tuple[float, float]:
+def _run(model: PreTrainedModel, prefill_tokens: int, decode_tokens: int, batch_size: int = 1) -> tuple[float, float]:
     """Seconds of a prefill, and of the decode steps after it."""
     embedding: Any = model.get_input_embeddings()
-    prompt = torch.arange(prefill_tokens, device=model.device)[None] % embedding.num_embeddings  # (1, prefill_tokens)
+    tokens = torch.arange(prefill_tokens, device=model.device) % embedding.num_embeddings
+    prompt = tokens.expand(batch_size, -1)  # (batch, prefill_tokens)
     options: dict[str, Any] = {"use_cache": True}
     if "logits_to_keep" in signature(model.forward).parameters:
         options["logits_to_keep"] = 1
