@@ -199,10 +199,12 @@ def test_models_take_turns_with_a_cache_after_a_warm_up(family: str) -> None:
 
 def test_throughput_is_tokens_over_the_median_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warm-up 100 s, then 2, 4 and 30 s of prefill, and 1 s per token of decode: 8/4 and 1 token a second."""
-    clock = iter([0, 100, 102, 200, 202, 204, 300, 304, 306, 400, 430, 432])
-    monkeypatch.setattr("spectrim.speed.perf_counter", lambda: float(next(clock)))
-    measured = throughput({"m": tiny.model("llama")}, prefill_tokens=8, decode_tokens=2, repeats=3)
-    assert measured == {"prefill": {"m": 2.0}, "decode": {"m": 1.0}}
+    for batch_size in (1, 3):  # prompts of a batch all count
+        clock = iter([0, 100, 102, 200, 202, 204, 300, 304, 306, 400, 430, 432])
+        monkeypatch.setattr("spectrim.speed.perf_counter", lambda clock=clock: float(next(clock)))
+        lengths = {"prefill_tokens": 8, "decode_tokens": 2, "repeats": 3, "batch_size": batch_size}
+        measured = throughput({"m": tiny.model("llama")}, **lengths)
+        assert measured == {"prefill": {"m": 2.0 * batch_size}, "decode": {"m": 1.0 * batch_size}}
 
 
 def test_tied_weights_count_once() -> None:

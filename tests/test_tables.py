@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from pipeline import tables
+from pipeline import figures, tables
 from pipeline.matrices import by_kind, read_matrices
 from pipeline.tables import Table, markdown
 from spectrim.errors import DataError
@@ -85,6 +85,21 @@ def test_matrices_have_the_format_they_are_stored_in(ranks: dict[str, Any]) -> N
     assert {matrix.format for matrix in stored} == {"int8", "dense"}
     assert [matrix.is_dense for matrix in stored] == [matrix.is_dense for matrix in budgeted]
     assert sum(matrix.bytes for matrix in stored) < 0.85 * sum(matrix.bytes for matrix in budgeted)
+
+
+def test_rounded_weights_are_told_from_factors_and_from_dense_ones(ranks: dict[str, Any]) -> None:
+    kinds = ("dense", "dense_int8", "dense_int4", "int4_residual", "pifa_int8")
+    names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(5)]
+    shape = {"out_features": 1536, "in_features": 576, "rank": 96}
+    entries = {name: {"format": kind, **shape} for name, kind in zip(names, kinds, strict=True)}
+    found = read_matrices({"matrices": entries}, None)
+    assert [matrix.format for matrix in found] == list(kinds)
+    assert [matrix.label for matrix in found] == ["", "i8", "i4", "i4+", "96"]
+    assert [matrix.is_factored for matrix in found] == [False, False, False, False, True]
+    row = tables.ranks_table(found, dict.fromkeys(names, 0.0), "loss").rows[0]
+    assert row[2:4] == ("96 – 96 – 96", "1 of 5")
+    drawn = figures.ranks_figure(found)
+    assert "rounded weights" in drawn and "rounded weights" not in figures.ranks_figure(read_matrices(ranks, None))
 
 
 def test_models_are_listed_by_size_with_the_compressed_one_emphasised(metrics: dict[str, Any]) -> None:
