@@ -51,8 +51,9 @@ def compensated(
     left = weight.double().clone()  # what is still to be rounded, corrected for what has been
     values = torch.empty(rows, inputs, dtype=torch.int8, device=weight.device)
     scales = torch.empty(rows, inputs // size, dtype=torch.float16, device=weight.device)
-    for start in range(0, inputs, min(BLOCK, size)):
-        stop = min(start + BLOCK, start - start % size + size)
+    stop = 0
+    while stop < inputs:
+        start, stop = stop, min(stop + BLOCK, stop - stop % size + size)  # never across a group's end
         group = start // size
         if start % size == 0:
             scales[:, group] = round_to_nearest(left[:, start : start + size], n_bits, None).scale[:, 0]
