@@ -46,6 +46,7 @@ Notes:
 - Every other tensor, biases included, has the name and value it has in the dense model.
 - ``NAME.weight`` never has the shape of the dense weight unless it is the dense weight, so that a load without
   ``import spectrim`` ends with a size mismatch instead of random weights.
+- Every 16-bit tensor but a scale, listed or not, is of ``stored_dtype``.
 - A tensor that is missing, unlisted or of another shape or dtype is an error; so is an unknown version, format or key.
 - Weights are safetensors only. Nothing in the folder is executed.
 """
@@ -131,7 +132,7 @@ def _problems(fields: Mapping[str, Any]) -> Iterator[str]:
         yield f"{key} is missing"
     for key in sorted(fields.keys() - KEYS):
         yield f"unknown key {key}"
-    if fields.get("stored_dtype") not in HALF:
+    if fields.get("stored_dtype") not in list(HALF):  # a list: what stands in the file need not be hashable
         yield f"stored_dtype is {fields.get('stored_dtype')!r}, must be one of {', '.join(HALF)}"
     matrices = fields.get("matrices")
     if not isinstance(matrices, Mapping):
@@ -183,6 +184,19 @@ def headers(files: Iterable[Path]) -> dict[str, Entry]:
     return entries
 
 
+def check_half(entries: Mapping[str, Entry], half: torch.dtype) -> None:
+    """Raise CheckpointError unless all 16-bit tensors but scales have the dtype of the checkpoint.
+
+    float16 and bfloat16 have one size: without this a changed header would give another model.
+    """
+    for name, entry in entries.items():
+        if CODES.get(entry.dtype) in {*HALF.values()} - {half} and not name.endswith("_scale"):
+            raise CheckpointError(
+                f"{name}: is {entry.dtype}, stored_dtype of the checkpoint is {str(half).removeprefix('torch.')}; "
+                "build or fetch the checkpoint again"
+            )
+
+
 def check_matrix(name: str, matrix: Matrix, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, int]:
     """The dense shape (out, in) of a stored matrix, whose tensors must be exactly those of its format.
 
@@ -192,7 +206,7 @@ def check_matrix(name: str, matrix: Matrix, found: Mapping[str, tuple[str, tuple
         found: suffix -> dtype code and shape of each tensor, the bias apart.
 
     Raises:
-        CheckpointError: a tensor is missing, unlisted, or of another dtype or shape.
+        CheckpointError: a tensor is missing, unlisted, or of another dtype or shape, or the rank above both sides.
     """
     out_features, in_features = (
         max(size, 1) for size in _dense_shape(matrix, found)
@@ -209,6 +223,11 @@ def check_matrix(name: str, matrix: Matrix, found: Mapping[str, tuple[str, tuple
                 f"{name}.{suffix}: is {code} {shape}, {matrix.format} of rank {matrix.rank} requires {kind} {wanted}; "
                 "build or fetch the checkpoint again"
             )
+    if matrix.rank > min(out_features, in_features):
+        raise CheckpointError(
+            f"{name}: rank {matrix.rank} of a ({out_features}, {in_features}) weight; must lie in 1..its shorter side; "
+            "build or fetch the checkpoint again"
+        )
     return out_features, in_features
 
 
@@ -260,7 +279,9 @@ def read_bytes(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     files, config = weight_files(folder), read_config(folder)
-    modules = by_module(headers(files))
+    entries = headers(files)
+    check_half(entries, HALF[config.stored_dtype])
+    modules = by_module(entries)
     linears = dense = 0
     for name, matrix in config.listed.items():
         found = modules.get(name, {})

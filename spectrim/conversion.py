@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spectrim.checkpoint import HALF, Matrix, by_module, check_matrix, headers, read_config, weight_files
+from spectrim.checkpoint import HALF, Matrix, by_module, check_half, check_matrix, headers, read_config, weight_files
 from spectrim.errors import CheckpointError
 from spectrim.lowrank_linear import LowRankLinear, factors_of
 from spectrim.maths.budget import FACTORED, Format, resolve_format
@@ -35,6 +35,7 @@ def convert(folder: Path, destination: Path, format: Format, max_shard_size: str
     config = read_config(folder)
     half = HALF[config.stored_dtype]
     entries = headers(weight_files(folder))
+    check_half(entries, half)
     modules = by_module(entries)
     matrices, stored = dict(config.listed), dict[str, dict[str, Tensor]]()
     for name, matrix in config.listed.items():

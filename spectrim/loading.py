@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from spectrim.checkpoint import HALF, METHOD, Entry, SpectrimConfig, by_module, check_matrix, headers
+from spectrim.checkpoint import HALF, METHOD, Entry, SpectrimConfig, by_module, check_half, check_matrix, headers
 from spectrim.errors import CheckpointError
 from spectrim.lowrank_linear import LowRankLinear
 from spectrim.maths.budget import Format
@@ -35,8 +35,9 @@ register_quantization_config(METHOD)(SpectrimConfig)
 class SpectrimQuantizer(HfQuantizer):
     """Loads and saves Spectrim checkpoints; transformers calls it, nobody else needs to.
 
-    ``save_pretrained`` rounds the tensors of the listed matrices to the checkpoint's 16-bit dtype, which they had in
-    the file; any other float32 tensor is stored in 16 bit exactly when that loses nothing.
+    ``save_pretrained`` stores a model of a 16-bit dtype in that. Of a float32 model it rounds the tensors of the listed
+    matrices to the checkpoint's 16-bit dtype, which they had in the file, and stores any other one in 16 bit exactly
+    when that loses nothing.
     """
 
     requires_calibration = True  # a dense model is compressed by the pipeline, not while it loads
@@ -50,6 +51,9 @@ class SpectrimQuantizer(HfQuantizer):
         return True  # 16-bit factors themselves, and adapters beside any format: gradients reach every input
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if model.dtype in HALF.values():  # loaded or cast to it, and all 16-bit tensors of a file are of one dtype
+            self.quantization_config.stored_dtype = str(model.dtype).removeprefix("torch.")
+            model.config.quantization_config = self.quantization_config
         half = HALF[self.quantization_config.stored_dtype]
         lossy = set()
         for name, matrix in self.quantization_config.listed.items():
@@ -67,6 +71,7 @@ class SpectrimQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files]
         _require_inside(files, model.name_or_path)
         entries = headers(files)
+        check_half(entries, HALF[self.quantization_config.stored_dtype])
         self._replace_linears(model, entries)
         _check_keys(model, entries)
 

@@ -161,6 +161,29 @@ def test_a_changed_config_is_refused_or_changes_nothing(
     assert found is None or torch.equal(found, expected[format])
 
 
+@pytest.mark.parametrize("stored_dtype", [[], {}, None, "float32"])
+def test_a_stored_dtype_that_is_none_is_refused(stored_dtype: Any, folders: Folders, scratch: Path) -> None:
+    folder = copied(folders, "int8", scratch)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["stored_dtype"] = stored_dtype
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="stored_dtype is"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.left"])
+def test_the_other_16_bit_dtype_of_one_tensor_is_refused(name: str, folders: Folders, scratch: Path) -> None:
+    folder = copied(folders, "float16", scratch)
+    header, content = header_of(folder)
+    assert header[name]["dtype"] == "F16"
+    header[name]["dtype"] = "BF16"
+    write_header(folder, header, content)
+    with pytest.raises(CheckpointError, match=f"{name}: is BF16, stored_dtype of the checkpoint is float16"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match="is BF16"):
+        read_bytes(folder)
+
+
 @pytest.mark.parametrize("trick", ["../outside/{}", "{absolute}/{}", "nested/../../outside/{}"])
 def test_an_index_cannot_point_out_of_its_folder(trick: str, folders: Folders, tmp_path: Path) -> None:
     build(folders["llama", "prepared"], tmp_path / "made", "int8", shard="20KB")
