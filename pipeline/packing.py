@@ -1,7 +1,7 @@
 """One block of `remap`: from ranks, factors and rounded weights to the tensors of the storage formats."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from spectrim.maths.budget import Format, matrix_bytes
 from spectrim.saving import pack, pack_rounded
 
 PACKED = "packed.safetensors"
+ROUNDED_FACTORS = ("int8", "remap", "pifa_int8")
 
 
 def choose(entry: Mapping[str, Any], format: Format | None) -> Matrix:
@@ -38,12 +39,22 @@ def require_within(matrices: Mapping[str, Matrix], ranks: Mapping[str, Any], for
         )
 
 
-def pack_block(files: Sequence[Path], matrices: Mapping[str, Matrix], half: torch.dtype, folder: Path) -> None:
-    """Write the packed tensors of the block whose factors are in the first of ``files``, rounded weights in others."""
+def pack_block(
+    files: Sequence[Path],
+    grams: Callable[[str], Tensor],
+    matrices: Mapping[str, Matrix],
+    half: torch.dtype,
+    folder: Path,
+) -> None:
+    """Write the packed tensors of the block whose factors are in the first of ``files``, rounded weights in others.
+
+    ``grams`` gives the input Gram of a linear, which factors in int8 are rounded against.
+    """
     packed: dict[str, dict[str, Tensor]] = {}
     for name, factors in read_factors(files[0]).items():
-        if matrices[name].format != "dense":
-            packed[name] = pack(factors, matrices[name].format, half)
+        format = matrices[name].format
+        if format != "dense":
+            packed[name] = pack(factors, format, half, grams(name) if format in ROUNDED_FACTORS else None)
     for file in files[1:]:
         for name, (weight, residual) in read_rounded(file).items():
             packed[name] = pack_rounded(weight, matrices[name].format, residual)

@@ -22,14 +22,15 @@
     pifa      NAME.weight          F16/BF16   (in, r)           Rᵀ: r rows of W, the pivots
               NAME.left            F16/BF16   (out - r, r)      C: the other rows are C Rᵀ
               NAME.order           I32        (out,)            W = [Rᵀ; C Rᵀ][order], so L = [I; C][order]
-    int8      NAME.weight          I8         (in, r)           R = weight · weight_scale
+    int8      NAME.weight          I8         (in, r)           R = weight · weight_scale, one scale per direction
               NAME.weight_scale    F32        (r,)
-              NAME.left            I8         (out, r)          L = left · left_scale
-              NAME.left_scale      F32        (r,)
-    remap     as int8, but only the first n rows of each side are I8; the longer side (if out ≠ in) goes on in
+              NAME.left            I8         (out, r)          L = left · left_scale, one scale per row
+              NAME.left_scale      F32        (out,)
+    remap     as int8, but only the first n rows of each side are I8 (NAME.left_scale (n,)); the longer side (if
+              out ≠ in) goes on in
               NAME.weight_tail     F16/BF16   (in - n, r)       R = [weight · weight_scale; weight_tail]
               NAME.left_tail       F16/BF16   (out - n, r)      L = [left · left_scale; left_tail]
-    pifa_int8 as pifa, with I8 weight and left, and NAME.weight_scale, NAME.left_scale F32 (r,)
+    pifa_int8 as pifa, with I8 weight and left, and NAME.weight_scale F32 (r,), NAME.left_scale F32 (out - r,)
     dense_int8
               NAME.weight          I8         (out, 1, in)      W = weight · weight_scale, one scale per row
               NAME.weight_scale    F16        (out, 1)
@@ -38,7 +39,7 @@
               NAME.weight_scale    F16        (out, in/g)
     int8_residual, int4_residual: the tensors of dense_int8 or dense_int4, and
               NAME.left            I8         (out, r)          W = weight · weight_scale + L Rᵀ
-              NAME.left_scale      F32        (r,)              L = left · left_scale
+              NAME.left_scale      F32        (out,)            L = left · left_scale, one scale per row
               NAME.right           I8         (in, r)
               NAME.right_scale     F32        (r,)              R = right · right_scale
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from spectrim.maths.budget import FACTORED
 from spectrim.maths.lowrank import Factors
-from spectrim.maths.quantization import dequantize_directions
+from spectrim.maths.quantization import dequantize_int8
 from spectrim.stored_linear import StoredLinear
 
 
@@ -58,7 +58,7 @@ class LowRankLinear(StoredLinear):
         head: Tensor = getattr(self, side)
         if head.is_floating_point():
             return head.to(dtype)
-        expanded = dequantize_directions(head, getattr(self, f"{side}_scale"), dim=1, dtype=dtype)
+        expanded = dequantize_int8(head, getattr(self, f"{side}_scale"), dim=0 if side == "left" else 1, dtype=dtype)
         tail: Tensor | None = getattr(self, f"{side}_tail", None)
         return expanded if tail is None else torch.cat([expanded, tail.to(dtype)])
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectrim.maths.budget import RESIDUAL, ROUNDED
-from spectrim.maths.quantization import dequantize_directions, unpack_int4
+from spectrim.maths.quantization import dequantize_int8, unpack_int4
 from spectrim.stored_linear import StoredLinear
 
 
@@ -42,4 +42,5 @@ class QuantizedLinear(StoredLinear):
         return (values.to(dtype) * self.weight_scale.to(dtype).unsqueeze(-1)).flatten(1)
 
     def _side(self, side: str, dtype: torch.dtype) -> Tensor:
-        return dequantize_directions(getattr(self, side), getattr(self, f"{side}_scale"), dim=1, dtype=dtype)
+        scale, dim = getattr(self, f"{side}_scale"), 0 if side == "left" else 1
+        return dequantize_int8(getattr(self, side), scale, dim, dtype)

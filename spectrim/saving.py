@@ -25,13 +25,15 @@ from spectrim.checkpoint import (
 )
 from spectrim.errors import CheckpointError
 from spectrim.maths.budget import RESIDUAL, ROUNDED, Format, dense_bytes, group_size
+from spectrim.maths.factor_rounding import round_factors
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.pivoting import pivot
-from spectrim.maths.quantization import Quantized, balance, pack_int4, quantize_directions
-from spectrim.stored_linear import stored_tensors
+from spectrim.maths.quantization import Quantized, balance, pack_int4
 
 
-def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+def pack(
+    factors: Factors, format: Format, dtype: torch.dtype = torch.float16, gram: Tensor | None = None
+) -> dict[str, Tensor]:
     """The tensors that store left @ right in ``format``: suffix -> tensor, as ``stored_tensors`` lays them out.
 
     The norm of each direction is shared equally by both factors first, which changes no product.
@@ -40,30 +42,25 @@ def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16) -
         factors: left (out, rank), right (rank, in), floating point.
         format: one of ``budget.FACTORED``.
         dtype: 16-bit dtype of what is not int8.
+        gram: of the inputs, (in, in); with it the left factor makes up for what int8 has changed in the right one.
 
     Raises:
         CheckpointError: a value does not fit ``dtype``.
         NumericalError: a value is not finite.
     """
+    out, in_, extra = factors.left.shape[0], factors.right.shape[1], dict[str, Tensor]()
     if format in ("pifa", "pifa_int8"):
         pivoted = pivot(factors)
-        sides = {"weight": pivoted.rows.mT, "left": pivoted.coefficients}
-        if format == "pifa_int8":
-            return _int8(sides) | {"order": pivoted.order}
-        return {name: narrow(side, dtype).contiguous() for name, side in sides.items()} | {"order": pivoted.order}
-    left, right = balance(factors)
-    sides = {"left": left, "weight": right.mT}
-    packed: dict[str, Tensor] = {}
-    for suffix, stored in stored_tensors(format, left.shape[0], right.shape[1], left.shape[1]).items():
-        if suffix.endswith("_scale"):
-            continue  # written with its side
-        side = sides[suffix.removesuffix("_tail")]
-        rows = side[-stored.shape[0] :] if suffix.endswith("_tail") else side[: stored.shape[0]]
-        if stored.dtype == torch.int8:
-            packed[suffix], packed[f"{suffix}_scale"] = quantize_directions(rows, dim=1)
-        else:
-            packed[suffix] = narrow(rows, dtype)
-    return {suffix: tensor.contiguous() for suffix, tensor in packed.items()}
+        extra = {"order": pivoted.order}
+        factors = Factors(pivoted.coefficients, pivoted.rows)
+    else:
+        factors = balance(factors)
+    if format in ("pifa", "float16"):
+        sides = {"weight": factors.right.mT, "left": factors.left}
+        return {name: narrow(side, dtype).contiguous() for name, side in sides.items()} | extra
+    head = min(out, in_) if format == "remap" else max(out, in_)
+    packed = _int8(factors, "weight", dtype, (min(head, len(factors.left)), min(head, in_)), gram)
+    return packed | extra
 
 
 def pack_rounded(rounded: Quantized, format: Format, residual: Factors | None = None) -> dict[str, Tensor]:
@@ -86,8 +83,7 @@ def pack_rounded(rounded: Quantized, format: Format, residual: Factors | None = 
     packed = {"weight": pack_int4(values) if ROUNDED[format] == 4 else values, "weight_scale": rounded.scale}
     if residual is None:
         return packed
-    left, right = balance(residual)
-    return packed | _int8({"left": left, "right": right.mT})
+    return packed | _int8(balance(residual), "right")
 
 
 def half_dtype(folder: Path) -> torch.dtype:
@@ -207,11 +203,20 @@ def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded
 
 
-def _int8(sides: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every side (rows, rank) in int8 and its scale per direction."""
+def _int8(
+    factors: Factors,
+    right: str,
+    dtype: torch.dtype = torch.float16,
+    heads: tuple[int, int] | None = None,
+    gram: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Both factors in int8 with their scales, all rows or the first ``heads``; ``right`` names the right one."""
+    found = round_factors(factors, heads or (len(factors.left), factors.right.shape[1]), gram)
     packed: dict[str, Tensor] = {}
-    for name, side in sides.items():
-        packed[name], packed[f"{name}_scale"] = quantize_directions(side.contiguous(), dim=1)
+    for name, side in {"left": found.left, right: found.right}.items():
+        packed |= {name: side.values.contiguous(), f"{name}_scale": side.scale}
+        if len(side.tail):
+            packed[f"{name}_tail"] = narrow(side.tail, dtype).contiguous()
     return packed
 
 

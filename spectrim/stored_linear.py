@@ -27,8 +27,8 @@ def stored_tensors(format: Format, out_features: int, in_features: int, rank: in
 
     Factors W ≈ left @ right are stored with one column per direction: ``weight`` = rightᵀ (in, rank) and ``left``
     (out, rank), so ``weight`` never has the shape of the dense (out, in) weight. In the 8-bit formats a factor is
-    ``head`` rows of int8 with one float32 scale per column, ``X_scale`` (rank,), followed by the rest of its rows in 16
-    bits, ``X_tail``:
+    ``head`` rows of int8, followed by the rest of its rows in 16 bits, ``X_tail``. Scales are float32, one per output
+    of each of the two products: ``weight_scale`` (rank,) per direction, ``left_scale`` (head,) per row:
 
         float16  head = 0: the factor itself is 16-bit, without a scale
         int8     head = all rows
@@ -46,23 +46,22 @@ def stored_tensors(format: Format, out_features: int, in_features: int, rank: in
         return {"weight": Stored((out_features, in_features), None)}
     if format in ROUNDED:
         tensors = _rounded(ROUNDED[format], out_features, in_features)
-        residual = {"left": out_features, "right": in_features} if format in RESIDUAL else {}
-        return tensors | {
-            name: part for side, rows in residual.items() for name, part in _int8(side, rows, rank).items()
-        }
+        if format in RESIDUAL:
+            tensors |= _int8("left", out_features, rank, out_features) | _int8("right", in_features, rank, rank)
+        return tensors
     if format in ("pifa", "pifa_int8"):
         order = {"order": Stored((out_features,), torch.int32)}
         rows = {"weight": in_features, "left": out_features - rank}
         if format == "pifa":
             return {side: Stored((count, rank), None) for side, count in rows.items()} | order
-        return _int8("weight", in_features, rank) | _int8("left", out_features - rank, rank) | order
+        return _int8("weight", in_features, rank, rank) | _int8("left", rows["left"], rank, rows["left"]) | order
     tensors = {}
     for side, count in (("weight", in_features), ("left", out_features)):
         head = {"float16": 0, "int8": count, "remap": min(in_features, out_features)}[format]
         if head == 0:
             tensors[side] = Stored((count, rank), None)
             continue
-        tensors |= _int8(side, head, rank)
+        tensors |= _int8(side, head, rank, head if side == "left" else rank)
         if count > head:
             tensors[f"{side}_tail"] = Stored((count - head, rank), None)
     return tensors
@@ -145,8 +144,8 @@ class StoredLinear(nn.Module):
         )
 
 
-def _int8(side: str, rows: int, rank: int) -> dict[str, Stored]:
-    return {side: Stored((rows, rank), torch.int8), f"{side}_scale": Stored((rank,), torch.float32)}
+def _int8(side: str, rows: int, rank: int, n_scales: int) -> dict[str, Stored]:
+    return {side: Stored((rows, rank), torch.int8), f"{side}_scale": Stored((n_scales,), torch.float32)}
 
 
 def _rounded(n_bits: int, out_features: int, in_features: int) -> dict[str, Stored]:

@@ -1,6 +1,6 @@
 """The compressed checkpoint: factors in their storage format, everything else as in the dense model.
 
-reads   artifacts/prepare, artifacts/train_ranks/ranks.json, artifacts/update_weights
+reads   artifacts/prepare, artifacts/capture, artifacts/train_ranks/ranks.json, artifacts/update_weights
 writes  artifacts/remap: a Hugging Face folder, see spectrim/checkpoint.py
 params  remap
 """
@@ -13,8 +13,8 @@ from pipeline.console import run
 from pipeline.layers import LayerTask, run_layers
 from pipeline.params import load
 from pipeline.store import LayerStore, code_digest, key
-from spectrim import saving, stored_linear
-from spectrim.maths import budget, pivoting, quantization
+from spectrim import capture, saving, stored_linear
+from spectrim.maths import budget, compensation, factor_rounding, pivoting, quantization, whitening
 
 
 def main() -> None:
@@ -24,6 +24,7 @@ def main() -> None:
     ranks_file, half = artifact("train_ranks", "ranks.json"), saving.half_dtype(dense)
     ranks = read_json(ranks_file)
     format = None if params.remap.format == "same" else params.remap.format
+    captured = artifact("capture")
     matrices = {name: packing.choose(entry, format) for name, entry in ranks["matrices"].items()}
     packing.require_within(matrices, ranks, format)
     listed = {name: list(matrix) for name, matrix in matrices.items()}
@@ -31,12 +32,16 @@ def main() -> None:
     for file in artifact("update_weights").glob("rounded/*.safetensors"):
         blocks[file.stem].append(file)
     factors = {block: [sha256_file(file) for file in files] for block, files in blocks.items()}
-    code = code_digest(packing, factor_files, saving, stored_linear, budget, pivoting, quantization)
+    grams = {block: sha256_file(captured / "inputs" / f"{block}.safetensors") for block in blocks}
+    code = code_digest(
+        packing, factor_files, capture, saving, stored_linear, budget, compensation, factor_rounding, pivoting,
+        quantization, whitening,
+    )  # fmt: skip
     tasks = [
         LayerTask(
             f"block {block}",
-            key("remap", block, code, factors[block], listed, str(half)),
-            partial(packing.pack_block, files, matrices, half),
+            key("remap", block, code, factors[block], grams[block], listed, str(half)),
+            partial(packing.pack_block, files, partial(capture.gram_of, captured, int(block)), matrices, half),
         )
         for block, files in blocks.items()
     ]

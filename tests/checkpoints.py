@@ -21,7 +21,7 @@ from tests import tiny
 
 FORMATS: tuple[Format, ...] = (*FACTORED, *ROUNDED)
 CASES = [(family, format) for family in tiny.FAMILIES for format in FORMATS]
-RANK = 8
+RANK = 7
 UP = "model.layers.0.mlp.up_proj"
 TOKENS = torch.arange(2, 42).reshape(2, 20)
 Packed = dict[str, Tensor]

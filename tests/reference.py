@@ -128,19 +128,19 @@ def svd_llm_v2_kept(losses: Sequence[float], sizes: Sequence[int], ratio: float,
 def matrix_bytes(format: str, out: int, in_: int, rank: int) -> int:
     """Bytes of the tensors that a format stores, counted one tensor at a time."""
     long, short = max(out, in_), min(out, in_)
-    factors = [(out * rank, 1), (rank * in_, 1), (rank, 4), (rank, 4)]
+    factors = [(out * rank, 1), (rank * in_, 1), (rank, 4), (out, 4)]
     int8, int4 = [(out * in_, 1), (out, 2)], [(out * in_ // 2, 1), (out * (1 if in_ % 64 else in_ // 64), 2)]
     tensors = {
         "dense": [(out * in_, 2)],
         "float16": [(out * rank, 2), (rank * in_, 2)],
         "pifa": [(rank * in_, 2), ((out - rank) * rank, 2), (out, 4)],
         "int8": factors,
-        "pifa_int8": [(rank * in_, 1), ((out - rank) * rank, 1), (rank, 4), (rank, 4), (out, 4)],
+        "pifa_int8": [(rank * in_, 1), ((out - rank) * rank, 1), (rank, 4), (out - rank, 4), (out, 4)],
         "dense_int8": int8,
         "dense_int4": int4,
         "int8_residual": [*int8, *factors],
         "int4_residual": [*int4, *factors],
-        "remap": [(short * rank, 1), (short * rank, 1), ((long - short) * rank, 2), (rank, 4), (rank, 4)],
+        "remap": [(short * rank, 1), (short * rank, 1), ((long - short) * rank, 2), (rank, 4), (short, 4)],
     }[format]
     return sum(count * size for count, size in tensors)
 
@@ -158,6 +158,25 @@ def compensated(weight: Tensor, gram: Tensor, n_bits: int, group_size: int, damp
         error = (weight[:, at] - result[:, at]) / inverse[0, 0]
         weight[:, at:] -= error[:, None] * inverse[0]
     return result
+
+
+def round_factors(left: Tensor, right: Tensor, heads: tuple[int, int], gram: Tensor) -> Tensor:
+    """left @ right, the right factor rounded, the left one refitted to it by least squares on tokens, then rounded."""
+    rounded = right.clone()
+    for direction in rounded[:, : heads[1]]:
+        scale = (direction.abs().max() / 127).float().double()
+        direction[:] = (direction / scale).round().clamp(-127, 127) * scale if scale > 0 else 0.0
+    tokens = torch.linalg.cholesky(gram, upper=True)  # any X with XᵀX = G
+    left = torch.linalg.lstsq(tokens @ rounded.T, tokens @ (left @ right).T).solution.T
+    inner = rounded @ gram @ rounded.T
+    inner += 1e-2 * inner.diagonal().mean() * torch.eye(len(inner), dtype=torch.float64)
+    scale = (left[: heads[0]].abs().amax(1) / 127).float().double()
+    for at in range(left.shape[1]):  # what an input's rounding costs goes to the inputs after it
+        inverse = torch.linalg.inv(inner[at:, at:])
+        exact = left[: heads[0], at].clone()
+        left[: heads[0], at] = (exact / scale).round().clamp(-127, 127) * scale
+        left[: heads[0], at + 1 :] -= ((exact - left[: heads[0], at]) / inverse[0, 0])[:, None] * inverse[0, 1:]
+    return left @ rounded
 
 
 def round_to_nearest(weight: Tensor, n_bits: int, group_size: int | None, symmetric: bool) -> Tensor:

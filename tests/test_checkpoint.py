@@ -88,7 +88,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown dtype": (change_config("stored_dtype", "float8"), "stored_dtype is 'float8'"),
     "unknown format": (change_matrix(format="int3"), f"{UP}: unknown format 'int3'.*remap"),
     "rank zero": (change_matrix(rank=0), f"{UP}: rank 0"),
-    "other rank": (change_matrix(rank=9), rf"{UP}\.left: is I8 \(64, 8\), remap of rank 9 requires int8 \(64, 9\)"),
+    "other rank": (change_matrix(rank=9), rf"{UP}\.left: is I8 \(64, 7\), remap of rank 9 requires int8 \(64, 9\)"),
     "other format": (change_matrix(format="float16"), rf"{UP}\.left: is I8"),
     "dense format": (change_matrix(format="dense"), rf"{UP}\.left: not part of the format"),
     "extra matrix key": (change_matrix(offset=1), f"{UP}: must have exactly format, rank"),
@@ -103,8 +103,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         rf"{UP}\.left_scale: is F16",
     ),
     "other shape": (
-        change_tensors(lambda t: t.update({f"{UP}.left": t[f"{UP}.left"][:, :7].clone()})),
-        rf"{UP}\.left: is I8 \(64, 7\)",
+        change_tensors(lambda t: t.update({f"{UP}.left": t[f"{UP}.left"][:, :6].clone()})),
+        rf"{UP}\.left: is I8 \(64, 6\)",
     ),
     "truncated": (truncate, r"model\.safetensors: missing, truncated or not safetensors"),
 }  # fmt: skip

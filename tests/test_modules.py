@@ -59,7 +59,9 @@ def reference_weight(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def side_of(tensors: dict[str, Tensor], side: str) -> Tensor:
-    rows = [row.double() * tensors.get(f"{side}_scale", torch.ones(1)).double() for row in tensors[side]]
+    scale = tensors.get(f"{side}_scale", torch.ones(())).double()
+    scales = scale if side == "left" and scale.dim() else scale.expand(len(tensors[side]), *scale.shape)  # per row
+    rows = [row.double() * factor for row, factor in zip(tensors[side], scales, strict=True)]
     return torch.stack(rows + [row.double() for row in tensors.get(f"{side}_tail", ())])
 
 

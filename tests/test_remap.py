@@ -10,29 +10,33 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline import packing, params
+from spectrim.capture import pack_symmetric
 from spectrim.checkpoint import read_bytes
 from spectrim.errors import BudgetError
 from spectrim.maths.budget import Format, dense_bytes, resolve_format, stored_bytes
 from spectrim.modules import linears_by_block
 from stages import remap
-from tests import tiny
+from tests import reference, tiny
 from tests.checkpoints import logits, prepare, truncated
 
 RANK = 24
 
 
 def make_artifacts(root: Path) -> dict[str, tuple[int, int]]:
-    """prepare, train_ranks and update_weights of a tiny Llama, every matrix at RANK; returns the shapes."""
+    """prepare, capture, train_ranks and update_weights of a tiny Llama, matrices at RANK; returns the shapes."""
     prepare("llama", root / "prepare")
     (root / "prepare" / "prepare.json").write_text(json.dumps({"source": "tiny", "model_sha256": "0" * 64}))
     model = AutoModelForCausalLM.from_pretrained(root / "prepare")
     matrices, shapes = {}, {}
     (root / "update_weights").mkdir()
+    (root / "capture" / "inputs").mkdir(parents=True)
     for index, linears in enumerate(linears_by_block(model).values()):
-        tensors = {}
+        tensors, grams = {}, {}
         for name, linear in linears.items():
             shapes[name] = tuple(linear.weight.shape)
             out_features, in_features = shapes[name]
+            tokens = reference.draw(index, out_features, in_features, 3 * in_features)[1]
+            grams[f"gram.{name}"] = pack_symmetric(reference.gram(tokens))
             stored = resolve_format("float16", out_features, in_features, RANK)
             rank = min(shapes[name]) if stored == "dense" else RANK
             matrices[name] = {
@@ -42,6 +46,8 @@ def make_artifacts(root: Path) -> dict[str, tuple[int, int]]:
                 left, right = truncated(linear.weight.detach(), RANK)
                 tensors |= {f"{name}.left": left.contiguous(), f"{name}.right": right.contiguous()}
         save_file(tensors, root / "update_weights" / f"{index:03}.safetensors")
+        own = json.dumps({name: name for name in linears})
+        save_file(grams, root / "capture" / "inputs" / f"{index:03}.safetensors", metadata={"input_of": own})
     budget = sum(dense_bytes(*shape) for shape in shapes.values())
     ranks = {"version": 1, "chosen": "uniform", "ratio": 0.8, "format": "float16", "matrices": matrices}
     ranks["budget_bytes"] = budget
@@ -85,9 +91,9 @@ def test_the_checkpoint_has_the_budgeted_bytes_and_a_resumed_run_gives_the_same(
 
 def test_a_format_dearer_than_the_budget_is_refused() -> None:
     entry = {"rank": 8, "format": "int8", "out_features": 24, "in_features": 40}
-    ranks = {"matrices": {"a": entry}, "budget_bytes": 8 * 72, "format": "int8", "ratio": 0.3}
+    ranks = {"matrices": {"a": entry}, "budget_bytes": 8 * 68 + 4 * 24, "format": "int8", "ratio": 0.3}
     packing.require_within({"a": packing.choose(entry, "int8")}, ranks, "int8")
     with pytest.raises(
-        BudgetError, match=r"remap\.format: float16 takes 1,024 bytes at ranks chosen for int8, .* is 576"
+        BudgetError, match=r"remap\.format: float16 takes 1,024 bytes at ranks chosen for int8, .* is 640"
     ):
         packing.require_within({"a": packing.choose(entry, "float16")}, ranks, "float16")

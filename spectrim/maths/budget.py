@@ -4,13 +4,14 @@ A weight is (out, in); m = max(out, in), n = min(out, in), rank r <= n. Scales a
 
     dense    2 m n                                      the original weight, 16 bit
     float16  2 r (m + n)                                both factors, 16 bit
-    int8     r (m + n) + 2 r s                          both factors int8, one scale per direction and side
-    remap    2 n r + 2 (m - n) r + 2 r s = 2 m r + 2 r s
-             n rows of the longer factor and all of the shorter one int8, the other m - n rows 16 bit
-             (Dobi-SVD, Wang et al. 2025, arXiv:2502.02723, Algorithm 3)
+    int8     r (m + n) + s (r + out)                    both factors int8, a scale per direction of the right one and
+                                                        per row of the left one
+    remap    2 n r + 2 (m - n) r + s (r + n)            n rows of the longer factor and all of the shorter one int8,
+             (Dobi-SVD, Wang et al. 2025,               the other m - n rows 16 bit
+             arXiv:2502.02723, Algorithm 3)
     pifa     2 r (m + n - r) + i out                    r of the weight's rows, the others' coefficients, their order
              (PIFA, Zhao et al. 2025, arXiv:2501.19090)
-    pifa_int8      r (m + n - r) + 2 r s + i out        the same in int8, one scale per direction and side
+    pifa_int8      r (m + n - r) + s out + i out        the same in int8, a scale per pivot and per other row
     dense_int8     m n + h out                          int8, one scale per row
     dense_int4     m n / 2 + h m n / g                  int4, one scale per row and group of g inputs
     int8_residual  dense_int8 + int8                    the rounded weight, and int8 factors of what rounding lost
@@ -52,7 +53,7 @@ RESIDUAL: tuple[Format, ...] = ("int8_residual", "int4_residual")
 """Those of them with int8 factors of W minus its rounded weight."""
 
 SCALE_BYTES = 4
-"""One float32 scale per direction and side of a quantized pair of factors."""
+"""One float32 scale per direction of the right factor and per int8 row of the left one."""
 
 INDEX_BYTES = 4
 """One int32 per row: where it stands among the pivots and the rows made from them."""
@@ -108,11 +109,11 @@ def matrix_bytes(format: Format, out: int, in_: int, rank: float) -> int:
         case "pifa":
             return int(2 * rank * (out + in_ - rank)) + INDEX_BYTES * out
         case "remap":
-            return int(2 * rank * (max(out, in_) + SCALE_BYTES))
+            return int(rank * (2 * max(out, in_) + SCALE_BYTES)) + SCALE_BYTES * min(out, in_)
         case "pifa_int8":
-            return int(rank * (out + in_ - rank + 2 * SCALE_BYTES)) + INDEX_BYTES * out
+            return int(rank * (out + in_ - rank)) + (SCALE_BYTES + INDEX_BYTES) * out
         case "int8" | "int8_residual" | "int4_residual":
-            return rounded + int(rank * (out + in_ + 2 * SCALE_BYTES))
+            return rounded + int(rank * (out + in_ + SCALE_BYTES)) + SCALE_BYTES * out
         case _:
             raise BudgetError(f"format {format!r} is none of {', '.join(get_args(Format))}")
 

@@ -21,7 +21,13 @@ BLOCK = 64
 
 
 def compensated(
-    weight: Tensor, gram: Tensor, n_bits: int, group_size: int | None, damping: float = 1e-2, max_damping: float = 1e-1
+    weight: Tensor,
+    gram: Tensor,
+    n_bits: int,
+    group_size: int | None,
+    damping: float = 1e-2,
+    max_damping: float = 1e-1,
+    scale: Tensor | None = None,
 ) -> Quantized:
     """W ≈ q s, symmetric, one float16 scale per row and group of inputs, as ``round_to_nearest`` returns it.
 
@@ -33,6 +39,7 @@ def compensated(
         n_bits: 2 to 8.
         group_size: inputs per scale, None for the whole row; it must divide ``in``.
         damping, max_damping: first and largest relative damping of the Gram tried.
+        scale: (out, in / group_size), instead of that of each group's weights; it is returned in its own dtype.
 
     Raises:
         NumericalError: W or G is not finite, shapes do not match, the Gram cannot be repaired, or ``group_size`` does
@@ -50,12 +57,12 @@ def compensated(
     upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
     left = weight.double().clone()  # what is still to be rounded, corrected for what has been
     values = torch.empty(rows, inputs, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(rows, inputs // size, dtype=torch.float16, device=weight.device)
+    scales = torch.empty(rows, inputs // size, dtype=torch.float16, device=weight.device) if scale is None else scale
     stop = 0
     while stop < inputs:
         start, stop = stop, min(stop + BLOCK, stop - stop % size + size)  # never across a group's end
         group = start // size
-        if start % size == 0:
+        if scale is None and start % size == 0:
             scales[:, group] = round_to_nearest(left[:, start : start + size], n_bits, None).scale[:, 0]
         errors = _round_block(left, values, scales[:, group].double(), upper, start, stop, 2 ** (n_bits - 1) - 1)
         left[:, stop:] -= errors @ upper[start:stop, stop:]

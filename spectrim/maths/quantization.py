@@ -1,4 +1,4 @@
-"""Round-to-nearest integers: quantized directions of factors, quantized groups of weights, and their packing.
+"""Round-to-nearest integers: factors in int8, weights in groups, and their packing.
 
 Symmetric: q = round(x / s), s = max|x| / q_max, q_max = 2^(n_bits − 1) − 1; x ≈ q s with |x − q s| <= s/2.
 Asymmetric: q = round(x / s) + z in [0, 2^n_bits − 1], x ≈ (q − z) s, with a range that always contains 0.
@@ -38,15 +38,14 @@ def balance(factors: Factors) -> Factors:
     return Factors((left * scale).to(factors.left.dtype), (right / scale[:, None]).to(factors.right.dtype))
 
 
-def quantize_directions(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """(q, s) with x ≈ q s, int8, symmetric, one float32 scale per index along ``dim``, the direction.
+def quantize_int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """(q, s) with x ≈ q s, int8, symmetric, one float32 scale per index along ``dim``.
 
     Args:
-        matrix: a factor; ``dim`` = 1 for left (out, rank), 0 for right (rank, in).
-        dim: the dimension that enumerates directions.
+        matrix: a factor (rows, rank); ``dim`` = 1 for a scale per direction, 0 for one per row.
 
     Returns:
-        q int8 (the matrix's shape), s float32 (rank,).
+        q int8 (the matrix's shape), s float32 (its size along ``dim``,).
 
     Raises:
         NumericalError: the matrix is not finite.
@@ -58,8 +57,8 @@ def quantize_directions(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return _nearest(matrix, scale, -INT8_MAX, INT8_MAX), scale.flatten()
 
 
-def dequantize_directions(values: Tensor, scale: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """q s, the inverse of ``quantize_directions`` up to half a scale per entry."""
+def dequantize_int8(values: Tensor, scale: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """q s, the inverse of ``quantize_int8`` up to half a scale per entry."""
     return (values.to(scale.dtype) * scale.unsqueeze(1 - dim)).to(dtype)
 
 

@@ -10,9 +10,9 @@ from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import (
     balance,
     dequantize,
-    dequantize_directions,
+    dequantize_int8,
     pack_int4,
-    quantize_directions,
+    quantize_int8,
     round_to_nearest,
     rounded_bytes,
     unpack_int4,
@@ -33,10 +33,10 @@ def draw(seed, rows, columns):
 @given(seeds, sizes, sizes, st.sampled_from([0, 1]))
 def test_directions_come_back_within_half_a_scale(seed, rows, columns, dim):
     matrix = draw(seed, rows, columns)
-    values, scale = quantize_directions(matrix, dim)
+    values, scale = quantize_int8(matrix, dim)
     assert (values.dtype, values.shape) == (torch.int8, matrix.shape)
     assert (scale.dtype, scale.shape) == (torch.float32, (matrix.shape[dim],))
-    error = (dequantize_directions(values, scale, dim, torch.float64) - matrix).abs()
+    error = (dequantize_int8(values, scale, dim, torch.float64) - matrix).abs()
     assert bool((error <= 0.5001 * scale.double().unsqueeze(1 - dim)).all())
     assert bool((values.abs().amax(1 - dim) == 127).all())
     for direction in range(matrix.shape[dim]):
@@ -47,8 +47,8 @@ def test_directions_come_back_within_half_a_scale(seed, rows, columns, dim):
 
 def test_negating_and_scaling_a_direction_negates_and_scales_its_numbers():
     matrix = draw(0, 6, 4)
-    values, scale = quantize_directions(matrix, 1)
-    other, other_scale = quantize_directions(-8 * matrix, 1)
+    values, scale = quantize_int8(matrix, 1)
+    other, other_scale = quantize_int8(-8 * matrix, 1)
     close(other, -values)
     close(other_scale, 8 * scale)
 
@@ -56,22 +56,22 @@ def test_negating_and_scaling_a_direction_negates_and_scales_its_numbers():
 def test_one_scale_for_all_directions_is_much_worse():
     """Negative control: the spectrum of the directions does not fit into one absolute maximum."""
     matrix = draw(1, 40, 12) * torch.logspace(0, -4, 12)
-    values, scale = quantize_directions(matrix, 1)
+    values, scale = quantize_int8(matrix, 1)
     single = matrix.abs().max() / 127
 
     def worst(candidate):
         return float(((candidate - matrix).norm(dim=0) / matrix.norm(dim=0)).max())
 
-    assert worst(dequantize_directions(values, scale, 1, torch.float64)) < 0.02
+    assert worst(dequantize_int8(values, scale, 1, torch.float64)) < 0.02
     assert worst((matrix / single).round() * single) > 0.9
 
 
 def test_a_zero_direction_comes_back_as_zeros():
     matrix = draw(0, 5, 3)
     matrix[:, 1] = 0
-    values, scale = quantize_directions(matrix, 1)
+    values, scale = quantize_int8(matrix, 1)
     assert float(scale[1]) == 0
-    assert not bool(dequantize_directions(values, scale, 1)[:, 1].any())
+    assert not bool(dequantize_int8(values, scale, 1)[:, 1].any())
 
 
 @settings(max_examples=50, deadline=None)
@@ -181,7 +181,7 @@ def test_balancing_leaves_a_zero_direction_and_the_dtype_alone():
 def test_bad_input_is_named():
     broken = torch.tensor([[1.0, float("nan")]])
     with pytest.raises(NumericalError, match="factor: 1 of 2"):
-        quantize_directions(broken, 1)
+        quantize_int8(broken, 1)
     with pytest.raises(NumericalError, match="weight: 1 of 2"):
         round_to_nearest(broken, 8, None)
     with pytest.raises(NumericalError, match="overflows float16"):
