@@ -26,7 +26,7 @@ def verdict(metrics: Metrics) -> str | None:
         return None
     ours = ", ".join(f"{text} {number(texts[text]['compressed'])}" for text in texts)
     return (
-        f"Plain round-to-nearest quantization is smaller and at least as good here: {' and '.join(better)}, "
+        f"Plain quantization is smaller and at least as good here: {' and '.join(better)}, "
         f"against {ratio:.3f} of the bytes and {ours} for this checkpoint."
     )
 

@@ -5,6 +5,7 @@ them, so it is in no stage's dependencies.
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, with_config
@@ -28,6 +29,17 @@ def _splits(shares: dict[str, float]) -> dict[str, float]:
     if sum(shares.values()) > 1 + 1e-9:
         raise ValueError(f"the shares add up to {sum(shares.values()):g}; at most 1 is required")
     return shares
+
+
+def _installed(names: list[str]) -> list[str]:
+    """A baseline of a library that is missing would otherwise end the run after the others were measured."""
+    wanted = [name for name in names if name.startswith("bitsandbytes_")]
+    if wanted and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"{', '.join(wanted)} found, which the package bitsandbytes makes, and that is not installed; run "
+            "`pip install 'spectrim[bitsandbytes]'`, or leave out what needs it"
+        )
+    return names
 
 
 AtLeast0 = Annotated[int, Field(ge=0)]
@@ -229,9 +241,11 @@ class Remap:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Baseline:
-    """Round-to-nearest baselines; ``group_size`` inputs share a scale in int4."""
+    """Baselines: int8 and int4 to nearest, where ``group_size`` inputs share a scale in int4, and a library's."""
 
-    quantization: list[Literal["int8", "int4"]]
+    quantization: Annotated[
+        list[Literal["int8", "int4", "bitsandbytes_nf4", "bitsandbytes_int8"]], AfterValidator(_installed)
+    ]
     group_size: AtLeast1
 
 

@@ -121,8 +121,14 @@ def points(metrics: Metrics) -> list[tuple[str, float, dict[str, float]]]:
         ("dense, 16 bit", 1.0, {text: entry["dense"] for text, entry in texts.items()}),
         ("Spectrim", metrics["ratio"]["file"], {text: entry["compressed"] for text, entry in texts.items()}),
     ]
-    found += [(f"RTN {name}", entry["ratio"], entry["perplexity"]) for name, entry in metrics["baselines"].items()]
+    found += [(_baseline(name), entry["ratio"], entry["perplexity"]) for name, entry in metrics["baselines"].items()]
     return sorted(found, key=lambda point: (-point[1], point[0]))
+
+
+def _baseline(name: str) -> str:
+    """RTN int8, or the library before its own kind: bitsandbytes nf4."""
+    library, _, kind = name.rpartition("_")
+    return f"{library or 'RTN'} {kind}"
 
 
 def perplexity_table(metrics: Metrics) -> Table:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from pipeline import params
 from pipeline.artifacts import read_json
 from pipeline.measure import load_model
+from pipeline.sections import Baseline
 from pipeline.texts import save_windows
 from spectrim.checkpoint import Matrix, read_bytes
 from spectrim.errors import ConfigError, DataError, SourceError, StorageError
@@ -130,6 +132,33 @@ def test_a_further_text_that_is_missing_or_too_short_is_refused(project: Path) -
         evaluate.main(text=project / "gone.txt")
     with pytest.raises(ConfigError, match="--windows"):
         evaluate.main(windows=3)
+
+
+def test_every_baseline_of_the_parameters_is_measured_on_the_same_tokens(project: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    names = [str(name) for name in typing.get_args(kinds_of_baselines())]
+    settings: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    settings["baseline"]["quantization"] = names
+    settings["compression"]["exclude"] = ["*.k_proj"]
+    Path("params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    baseline.main()
+    measured = read_json(Path("artifacts/baseline/baseline.json"))["quantization"]
+    assert set(measured) == set(names) > {"int8", "int4"}
+    assert len({entry["dense_bytes"] for entry in measured.values()}) == 1
+    assert len({entry["perplexity"]["alpha"] for entry in measured.values()}) == len(names)
+    for name, entry in measured.items():
+        assert entry["ratio"] == entry["bytes"] / entry["dense_bytes"] < (0.6 if "int8" in name else 0.5)
+    evaluate.main()
+    metrics = read_json(Path("reports/metrics.json"))
+    for name in names:
+        assert metrics["baselines"][name] == {key: measured[name][key] for key in ("ratio", "perplexity")}
+        assert [row["text"] for row in rows("size_perplexity") if row["model"] == name] == ["alpha", "beta"]
+
+
+def kinds_of_baselines() -> Any:
+    """The Literal of what ``baseline.quantization`` takes."""
+    hint = typing.get_type_hints(Baseline)["quantization"]  # without its validator
+    return typing.get_args(hint)[0]
 
 
 def test_a_baseline_of_other_tokens_is_refused(project: Path) -> None:

@@ -81,7 +81,7 @@ REFUSED: dict[str, list[Any]] = {
     ],
     "remap.format": ["float32"],
     "remap.max_shard_size": [5, "", "large", "-1GB"],
-    "baseline.quantization": [["int2"], "int8"],
+    "baseline.quantization": [["int2"], ["bitsandbytes_fp4"], "int8"],
     "baseline.group_size": [0],
     "evaluate.batch_size": [0],
     "evaluate.tasks": [["piqa"], {"piqa": 1}],
@@ -192,6 +192,20 @@ def test_values_that_contradict_each_other_are_reported_together(content: dict[s
         "update_weights.windows",
         "update_weights.refinement.seq_len",
     }
+
+
+def test_a_baseline_of_a_library_that_is_not_installed_is_one_problem(
+    content: dict[str, Any], problems: Problems, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["baseline"]["quantization"] = ["int8", "bitsandbytes_nf4"]
+    monkeypatch.setattr("pipeline.sections.find_spec", lambda name: None)
+    assert problems(content) == [
+        "baseline.quantization: bitsandbytes_nf4 found, which the package bitsandbytes makes, and that is not "
+        "installed; run `pip install 'spectrim[bitsandbytes]'`, or leave out what needs it"
+    ]
+    monkeypatch.setattr("pipeline.sections.find_spec", lambda name: name)
+    content["evaluate"]["new_tokens"] = 0  # the one problem that is left
+    assert [line.split(":")[0] for line in problems(content)] == ["evaluate.new_tokens"]
 
 
 def test_the_method_file_needs_a_file(content: dict[str, Any], problems: Problems) -> None:

@@ -109,6 +109,12 @@ def test_models_are_listed_by_size_with_the_compressed_one_emphasised(metrics: d
     assert table.rows[1] == ("Spectrim", "169.9 MB", "0.800", "35.13", "+60.2 %")
 
 
+def test_a_baseline_of_a_library_has_its_name(metrics: dict[str, Any]) -> None:
+    metrics["baselines"]["bitsandbytes_nf4"] = {"ratio": 0.2592, "perplexity": {"wikipedia": 27.02}}
+    names = [row[0] for row in tables.perplexity_table(metrics).rows]
+    assert names == ["dense, 16 bit", "Spectrim", "RTN int8", "RTN int4", "bitsandbytes nf4"]
+
+
 def test_every_text_has_its_own_columns(metrics: dict[str, Any]) -> None:
     metrics["perplexity"]["news"] = metrics["perplexity"]["wikipedia"] | {"compressed": 50.0, "dense": 25.0}
     for entry in metrics["baselines"].values():
