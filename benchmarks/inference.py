@@ -3,15 +3,17 @@
     python -m benchmarks.inference [--ratios 0.9 0.8 0.6 0.5 0.4] [--batches 1 8] [--contexts 32 512] [--threads 2]
 
 The model of `prepare`, dense in float32 and bfloat16, with every linear rounded to int8, and with every linear as
-factors of one uniform ratio: two float products, pivoted rows, int8. Speed does not depend on the numbers, so the
-factors are random. All take turns within one run; one JSON line per model, batch and context, `prefill` and `decode`
-relative to dense float32, above 1 is faster. Over the ratios they are the break-even curve.
+factors of one uniform ratio: two products each and nothing else; then as loaded models have them, with one first
+product for q/k/v and for gate/up, in float factors, pivoted rows and int8. In float32 but where bfloat16 is said. Speed
+does not depend on the numbers, so the factors are random. All take turns within one run; one JSON line per model, batch
+and context, `prefill` and `decode` relative to dense float32, above 1 is faster: over the ratios the break-even curve.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -27,8 +29,9 @@ from spectrim.errors import SpectrimError
 from spectrim.lowrank_linear import LowRankLinear
 from spectrim.maths.allocation import uniform
 from spectrim.maths.budget import FACTORED, ROUNDED, Format, resolve_format
-from spectrim.modules import compressible_linears, replace
+from spectrim.modules import compressible_linears, replace, same_input
 from spectrim.quantized_linear import QuantizedLinear
+from spectrim.shared_input import share
 from spectrim.speed import throughput, weight_bytes
 from spectrim.stored_linear import StoredLinear, stored_tensors
 
@@ -48,16 +51,29 @@ def models(device: torch.device, ratios: list[float]) -> Iterator[tuple[str, Any
     for name, linear in compressible_linears(rounded, exclude).items():
         replace(rounded, name, filled(linear, "dense_int8", min(linear.weight.shape)))
     yield "dense int8", rounded
+    yield "dense int8, bfloat16", deepcopy(rounded).to(torch.bfloat16)
     for ratio in ratios:
         for format in FACTORS:
-            model = load_model(artifact("prepare"), device).float()
-            linears = compressible_linears(model, exclude)
-            shapes = [(linear.out_features, linear.in_features) for linear in linears.values()]
-            ranks = uniform(shapes, ratio, format, params.compression.align)
-            for (name, linear), shape, rank in zip(linears.items(), shapes, ranks, strict=True):
-                if resolve_format(format, *shape, rank) != "dense":
-                    replace(model, name, filled(linear, format, rank))
+            model = factored(device, format, ratio)
+            if format == "float16":
+                yield f"two products {ratio:g}", deepcopy(model)
+            share(same_input(model))
             yield f"{format} {ratio:g}", model
+            if format == "int8":
+                yield f"int8 {ratio:g}, bfloat16", deepcopy(model).to(torch.bfloat16)
+
+
+def factored(device: torch.device, format: Format, ratio: float) -> Any:
+    """The model with every linear in random factors of one ratio, or dense where they cost as much."""
+    params = load()
+    model = load_model(artifact("prepare"), device).float()
+    linears = compressible_linears(model, params.compression.exclude)
+    shapes = [(linear.out_features, linear.in_features) for linear in linears.values()]
+    ranks = uniform(shapes, ratio, format, params.compression.align)
+    for (name, linear), shape, rank in zip(linears.items(), shapes, ranks, strict=True):
+        if resolve_format(format, *shape, rank) != "dense":
+            replace(model, name, filled(linear, format, rank))
+    return model
 
 
 def filled(linear: nn.Linear, format: Format, rank: int) -> StoredLinear:

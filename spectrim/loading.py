@@ -21,8 +21,9 @@ from spectrim.checkpoint import HALF, METHOD, Entry, SpectrimConfig, by_module, 
 from spectrim.errors import CheckpointError
 from spectrim.lowrank_linear import LowRankLinear
 from spectrim.maths.budget import Format
-from spectrim.modules import replace
+from spectrim.modules import replace, same_input
 from spectrim.quantized_linear import QuantizedLinear
+from spectrim.shared_input import share
 from spectrim.stored_linear import StoredLinear, stored_tensors
 
 if TYPE_CHECKING:  # this file is loaded while transformers itself is being imported
@@ -78,6 +79,10 @@ class SpectrimQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         # transformers forbids quantized models half() and float(); here integers and scales stay as they are
         setattr(model, "is_quantized", False)  # noqa: B010 - nn.Module declares every attribute a tensor or a module
+        for module in model.modules():
+            if isinstance(module, StoredLinear):
+                module.lay_out()
+        share(same_input(model))
         return model
 
     def _replace_linears(self, model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
@@ -148,12 +153,12 @@ def _in_half(state: Mapping[str, Tensor], half: torch.dtype, lossy: set[str]) ->
     result = {}
     for name, tensor in state.items():
         if tensor.dtype != torch.float32 or tensor.is_meta or name.endswith("_scale"):
-            result[name] = tensor
+            result[name] = tensor.contiguous()  # safetensors takes no other
             continue
         tie = (tensor.data_ptr(), tensor.shape)
         if tie not in done:
             narrow = tensor.to(half)
-            done[tie] = narrow if name in lossy or torch.equal(narrow.float(), tensor) else tensor
+            done[tie] = (narrow if name in lossy or torch.equal(narrow.float(), tensor) else tensor).contiguous()
         result[name] = done[tie]
     return result
 

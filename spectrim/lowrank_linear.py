@@ -2,68 +2,94 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from spectrim.maths.budget import FACTORED
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import dequantize_int8
+from spectrim.products import product
 from spectrim.stored_linear import StoredLinear
+
+
+class FirstProducts(Protocol):
+    """What computes z for several modules at once: ``SharedInput``."""
+
+    def inner(self, member: LowRankLinear, x: Tensor) -> Tensor:
+        """x rightᵀ of ``member``."""
 
 
 class LowRankLinear(StoredLinear):
     """y = (x rightᵀ) leftᵀ + bias, with W ≈ left @ right kept in its storage format.
 
-    ``weight`` holds rightᵀ and ``left`` the left factor, see ``stored_tensors``; int8 factors stay int8 in memory and
-    are expanded inside each call. Of ``pifa`` y is [z, z leftᵀ] with z = x weight, its columns put in order.
+    ``weight`` holds rightᵀ and ``left`` the left factor, see ``stored_tensors``; int8 factors stay int8 in memory. Of
+    ``pifa`` y is [z, z leftᵀ] with z = x weight, its columns put in order. ``shared`` computes z together with that of
+    the linears that read the same input, see shared_input.py.
     """
 
     formats = FACTORED
+    optional = ("weight_scale", "weight_tail", "left_scale", "left_tail", "order")
+    transposed = ("weight", "weight_tail")
     weight: nn.Parameter
+    weight_scale: nn.Parameter | None
+    weight_tail: nn.Parameter | None
     left: nn.Parameter
-    order: nn.Parameter
+    left_scale: nn.Parameter | None
+    left_tail: nn.Parameter | None
+    order: nn.Parameter | None
+    shared: FirstProducts | None = None
 
     @classmethod
     def from_factors(cls, factors: Factors, bias: Tensor | None) -> Self:
         """The ``float16``-format module around ``factors``, in whatever dtype and on whatever device they are."""
-        tensors = {"weight": factors.right.mT.contiguous(), "left": factors.left}
+        tensors = {"weight": factors.right.mT, "left": factors.left}
         return cls.from_tensors(tensors, "float16", factors.left.shape[0], factors.right.shape[1], bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
-        inner = x @ self.columns("weight", x.dtype)
-        if self.format not in ("pifa", "pifa_int8"):
-            return functional.linear(inner, self.columns("left", x.dtype), self.bias)
-        others = functional.linear(inner, self._expanded("left", x.dtype))
-        y = torch.cat([inner, others], -1).index_select(-1, self.order)
-        return y if self.bias is None else y + self.bias
+        return self.outputs(self.inner(x))
 
-    def columns(self, side: str, dtype: torch.dtype) -> Tensor:
-        """The whole factor ``weight`` (in, rank) or ``left`` (out, rank) in ``dtype``, expanded from its format."""
-        expanded = self._expanded(side, dtype)
-        if side == "left" and self.format in ("pifa", "pifa_int8"):
-            identity = torch.eye(self.rank, dtype=dtype, device=expanded.device)
-            return torch.cat([identity, expanded]).index_select(0, self.order)
-        return expanded
+    def inner(self, x: Tensor) -> Tensor:
+        """z = x rightᵀ, (..., rank)."""
+        if self.shared is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.shared.inner(self, x)
+        weight, tail = self.weight, self.weight_tail
+        if tail is None:
+            return product(x, weight.mT, self.weight_scale)
+        return product(x[..., : len(weight)], weight.mT, self.weight_scale) + product(x[..., len(weight) :], tail.mT)
+
+    def outputs(self, z: Tensor) -> Tensor:
+        """z leftᵀ + bias, (..., out)."""
+        order, tail, bias = self.order, self.left_tail, self.bias
+        if order is None and tail is None:
+            return product(z, self.left, self.left_scale, bias)
+        y = product(z, self.left, self.left_scale)
+        if tail is not None:
+            y = torch.cat([y, product(z, tail)], -1)
+        if order is not None:
+            y = torch.cat([z, y], -1).index_select(-1, order)
+        return y if bias is None else y + bias
 
     def dense_weight(self) -> Tensor:
         factors = factors_of(self)
         return factors.left @ factors.right
 
-    def _expanded(self, side: str, dtype: torch.dtype) -> Tensor:
-        """The stored rows of a factor: all of them, but for the pivots of a left factor, which are the identity."""
+    def stored_rows(self, side: str, dtype: torch.dtype) -> Tensor:
+        """``weight`` (in, rank) or ``left`` as stored, expanded: the rows of a left factor that are no pivots."""
         head: Tensor = getattr(self, side)
         if head.is_floating_point():
             return head.to(dtype)
         expanded = dequantize_int8(head, getattr(self, f"{side}_scale"), dim=0 if side == "left" else 1, dtype=dtype)
-        tail: Tensor | None = getattr(self, f"{side}_tail", None)
+        tail: Tensor | None = getattr(self, f"{side}_tail")
         return expanded if tail is None else torch.cat([expanded, tail.to(dtype)])
 
 
 def factors_of(module: LowRankLinear) -> Factors:
     """``Factors(left (out, rank), right (rank, in))`` in float32, as the module multiplies with them."""
-    left, right = (module.columns(side, torch.float32).detach() for side in ("left", "weight"))
+    left, right = (module.stored_rows(side, torch.float32).detach() for side in ("left", "weight"))
+    if module.order is not None:
+        identity = torch.eye(module.rank, device=left.device)
+        left = torch.cat([identity, left]).index_select(0, module.order)
     return Factors(left=left, right=right.mT)

@@ -86,6 +86,19 @@ def compressible_linears(model: PreTrainedModel, exclude: Iterable[str] = ()) ->
     return {name: linear for linears in linears_by_block(model, exclude).values() for name, linear in linears.items()}
 
 
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of sibling modules that are called with the same input, in that order."""
+
+
+def same_input(model: nn.Module) -> list[list[nn.Module]]:
+    """The groups of modules under one parent that are called with the same input, one after the other."""
+    found = []
+    for parent in model.modules():
+        children = dict(parent.named_children())
+        found += [[children[name] for name in names] for names in SAME_INPUT if children.keys() >= set(names)]
+    return found
+
+
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in the place of the submodule ``name`` of ``model``.
 

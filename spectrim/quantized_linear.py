@@ -4,35 +4,48 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from spectrim.maths.budget import RESIDUAL, ROUNDED
+from spectrim.maths.budget import ROUNDED
 from spectrim.maths.quantization import dequantize_int8, unpack_int4
+from spectrim.products import product
 from spectrim.stored_linear import StoredLinear
 
 
 class QuantizedLinear(StoredLinear):
     """y = x Qᵀ + (x right) leftᵀ + bias: Q = weight · weight_scale per row and group of inputs, see ``stored_tensors``.
 
-    Integers stay packed in memory and are expanded inside each call.
+    Integers stay packed in memory; those of four bits are expanded inside each call.
     """
 
     formats = tuple(ROUNDED)
+    optional = ("left", "left_scale", "right", "right_scale")
+    transposed = ("right",)
     weight: nn.Parameter
     weight_scale: nn.Parameter
+    left: nn.Parameter
+    left_scale: nn.Parameter
+    right: nn.Parameter | None
+    right_scale: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
-        y = functional.linear(x, self._rounded(x.dtype), self.bias)
-        if self.format not in RESIDUAL:
+        y = product(x, *self._rows(x.dtype), self.bias)
+        if self.right is None:
             return y
-        return y + functional.linear(x @ self._side("right", x.dtype), self._side("left", x.dtype))
+        return y + product(product(x, self.right.mT, self.right_scale), self.left, self.left_scale)
 
     def dense_weight(self) -> Tensor:
         weight = self._rounded(torch.float32)
-        if self.format not in RESIDUAL:
+        if self.right is None:
             return weight
-        return weight + self._side("left", torch.float32) @ self._side("right", torch.float32).mT
+        left = dequantize_int8(self.left, self.left_scale, dim=0)
+        return weight + left @ dequantize_int8(self.right, self.right_scale, dim=1).mT
+
+    def _rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Q as ``product`` takes it: integers and a scale per row, or expanded where a row has several scales."""
+        if self.weight_scale.shape[1] > 1 or self.weight.dtype == torch.uint8:
+            return self._rounded(dtype), None
+        return self.weight.flatten(1), self.weight_scale.flatten().float()
 
     def _rounded(self, dtype: torch.dtype) -> Tensor:
         """Q (out, in) in ``dtype``."""
@@ -40,7 +53,3 @@ class QuantizedLinear(StoredLinear):
         if values.dtype == torch.uint8:
             values = unpack_int4(values, 2 * values.shape[-1])
         return (values.to(dtype) * self.weight_scale.to(dtype).unsqueeze(-1)).flatten(1)
-
-    def _side(self, side: str, dtype: torch.dtype) -> Tensor:
-        scale, dim = getattr(self, f"{side}_scale"), 0 if side == "left" else 1
-        return dequantize_int8(getattr(self, side), scale, dim, dtype)

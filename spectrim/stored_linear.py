@@ -84,6 +84,10 @@ class StoredLinear(nn.Module):
     """
 
     formats: ClassVar[tuple[Format, ...]] = ()
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Tensors that some of the formats have and others have not; they are None there."""
+    transposed: ClassVar[tuple[str, ...]] = ()
+    """Tensors (in, rank) that a product reads as (rank, in); they lie in memory that way, see ``lay_out``."""
     bias: nn.Parameter | None
 
     def __init__(
@@ -105,6 +109,8 @@ class StoredLinear(nn.Module):
                 f"rank {rank} of a ({out_features}, {in_features}) weight; must lie in 1..its shorter side"
             )
         self.in_features, self.out_features, self.rank, self.format = in_features, out_features, rank, format
+        for suffix in self.optional:
+            self.register_parameter(suffix, None)
         for suffix, stored in stored_tensors(format, out_features, in_features, rank).items():
             tensor = torch.empty(stored.shape, dtype=stored.dtype or dtype, device=device)
             self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
@@ -120,7 +126,15 @@ class StoredLinear(nn.Module):
         module = cls(in_features, out_features, rank, format, bias is not None, device="meta")
         state = dict(tensors) if bias is None else {**tensors, "bias": bias}
         module.load_state_dict(state, assign=True)
+        module.lay_out()
         return module
+
+    def lay_out(self) -> None:
+        """Put the ``transposed`` tensors into the order in which products read them; their values and shapes stay."""
+        for name in self.transposed:
+            tensor: nn.Parameter | None = getattr(self, name, None)
+            if tensor is not None:
+                tensor.data = tensor.data.mT.contiguous().mT
 
     def dense_weight(self) -> Tensor:
         """W (out, in) in float32, as the module multiplies with it."""

@@ -39,6 +39,8 @@ LEVELS = (
         (
             "spectrim.modules",
             "spectrim.stored_linear",
+            "spectrim.products",
+            "spectrim.shared_input",
             "spectrim.lowrank_linear",
             "spectrim.quantized_linear",
             "spectrim.blocks",

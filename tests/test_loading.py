@@ -54,7 +54,8 @@ def test_loading_gives_the_model_that_was_built_by_hand(family: str, format: For
     dense, folder = folders[family, "prepared"], folders[family, format]
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.float32
-    assert torch.equal(logits(model), logits(by_hand(dense, format)))
+    # not equal: the loaded one computes q/k/v and gate/up together
+    torch.testing.assert_close(logits(model), logits(by_hand(dense, format)), rtol=1e-4, atol=1e-4)
     kinds = {
         type(model.get_submodule(name)).__name__
         for name in json.loads((folder / "spectrim.json").read_text())["matrices"]
