@@ -56,7 +56,7 @@ def models(device: torch.device, ratios: list[float]) -> Iterator[tuple[str, Any
         for format in FACTORS:
             model = factored(device, format, ratio)
             if format == "float16":
-                yield f"two products {ratio:g}", deepcopy(model)
+                yield f"two products {ratio:g}", as_two_linears(deepcopy(model))
             share(same_input(model))
             yield f"{format} {ratio:g}", model
             if format == "int8":
@@ -73,6 +73,16 @@ def factored(device: torch.device, format: Format, ratio: float) -> Any:
     for (name, linear), shape, rank in zip(linears.items(), shapes, ranks, strict=True):
         if resolve_format(format, *shape, rank) != "dense":
             replace(model, name, filled(linear, format, rank))
+    return model
+
+
+def as_two_linears(model: Any) -> Any:
+    """Every factored linear as two ``nn.Linear``, one after the other, which is how most methods ship theirs."""
+    for name, module in [item for item in model.named_modules() if isinstance(item[1], LowRankLinear)]:
+        right, left = (nn.utils.skip_init(nn.Linear, 1, 1, bias=False) for _ in range(2))
+        right.weight, left.weight = nn.Parameter(module.weight.mT.contiguous()), nn.Parameter(module.left.contiguous())
+        left.bias = module.bias
+        replace(model, name, nn.Sequential(right, left))
     return model
 
 

@@ -87,7 +87,7 @@ class StoredLinear(nn.Module):
     optional: ClassVar[tuple[str, ...]] = ()
     """Tensors that some of the formats have and others have not; they are None there."""
     transposed: ClassVar[tuple[str, ...]] = ()
-    """Tensors (in, rank) that a product reads as (rank, in); they lie in memory that way, see ``lay_out``."""
+    """Tensors (in, rank) that a product reads as (rank, in)."""
     bias: nn.Parameter | None
 
     def __init__(
@@ -130,11 +130,18 @@ class StoredLinear(nn.Module):
         return module
 
     def lay_out(self) -> None:
-        """Put the ``transposed`` tensors into the order in which products read them; their values and shapes stay."""
-        for name in self.transposed:
-            tensor: nn.Parameter | None = getattr(self, name, None)
-            if tensor is not None:
-                tensor.data = tensor.data.mT.contiguous().mT
+        """Put the factors into the order in memory that products are fastest with; values and shapes stay.
+
+        torch's int8 kernel reads a weight (out, in) row by row. A float product of one row is fastest along the longer
+        side: by columns where out > in, as left factors have it (measured: 1.3 to 1.8 times).
+        """
+        for name, tensor in self.named_parameters():
+            if tensor.dim() != 2 or name.endswith("_scale"):
+                continue
+            weight = tensor.data.mT if name in self.transposed else tensor.data
+            by_columns = weight.is_floating_point() and weight.shape[0] > weight.shape[1]
+            weight = weight.mT.contiguous().mT if by_columns else weight.contiguous()
+            tensor.data = weight.mT if name in self.transposed else weight
 
     def dense_weight(self) -> Tensor:
         """W (out, in) in float32, as the module multiplies with it."""
