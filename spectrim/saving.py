@@ -28,7 +28,7 @@ from spectrim.maths.budget import RESIDUAL, ROUNDED, Format, dense_bytes, group_
 from spectrim.maths.factor_rounding import round_factors
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.pivoting import pivot
-from spectrim.maths.quantization import Quantized, balance, pack_int4
+from spectrim.maths.quantization import Quantized, balance, pack_int4, principal
 
 
 def pack(
@@ -36,7 +36,8 @@ def pack(
 ) -> dict[str, Tensor]:
     """The tensors that store left @ right in ``format``: suffix -> tensor, as ``stored_tensors`` lays them out.
 
-    The norm of each direction is shared equally by both factors first, which changes no product.
+    The norm of each direction is shared equally by both factors first, and directions that become integers are made
+    orthogonal; neither changes the product.
 
     Args:
         factors: left (out, rank), right (rank, in), floating point.
@@ -54,7 +55,7 @@ def pack(
         extra = {"order": pivoted.order}
         factors = Factors(pivoted.coefficients, pivoted.rows)
     else:
-        factors = balance(factors)
+        factors = balance(factors) if format == "float16" else principal(factors)
     if format in ("pifa", "float16"):
         sides = {"weight": factors.right.mT, "left": factors.left}
         return {name: narrow(side, dtype).contiguous() for name, side in sides.items()} | extra
@@ -83,7 +84,7 @@ def pack_rounded(rounded: Quantized, format: Format, residual: Factors | None = 
     packed = {"weight": pack_int4(values) if ROUNDED[format] == 4 else values, "weight_scale": rounded.scale}
     if residual is None:
         return packed
-    return packed | _int8(balance(residual), "right")
+    return packed | _int8(principal(residual), "right")
 
 
 def half_dtype(folder: Path) -> torch.dtype:

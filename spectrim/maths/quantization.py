@@ -38,6 +38,24 @@ def balance(factors: Factors) -> Factors:
     return Factors((left * scale).to(factors.left.dtype), (right / scale[:, None]).to(factors.right.dtype))
 
 
+def principal(factors: Factors) -> Factors:
+    """The same product with orthogonal directions in falling order, left = U √Σ and right = √Σ Vᵀ; in float64.
+
+    Integers of both sides then err least: factors that share directions, such as the identity and the coefficients
+    of pivoted rows, magnify each other's rounding.
+
+    Raises:
+        NumericalError: a factor is not finite.
+    """
+    require_finite("left", factors.left)
+    require_finite("right", factors.right)
+    left_basis, left = torch.linalg.qr(factors.left.double())
+    right_basis, right = torch.linalg.qr(factors.right.double().mT)
+    u, sigma, vt = torch.linalg.svd(left @ right.mT)
+    root = sigma.sqrt()
+    return Factors(left_basis @ (u * root), (root[:, None] * vt) @ right_basis.mT)
+
+
 def quantize_int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """(q, s) with x ≈ q s, int8, symmetric, one float32 scale per index along ``dim``.
 

@@ -12,6 +12,7 @@ from spectrim.maths.quantization import (
     dequantize,
     dequantize_int8,
     pack_int4,
+    principal,
     quantize_int8,
     round_to_nearest,
     rounded_bytes,
@@ -189,3 +190,28 @@ def test_bad_input_is_named():
     for n_bits, group_size in ((1, None), (9, None), (4, 0)):
         with pytest.raises(NumericalError, match=f"n_bits {n_bits}, group_size {group_size}"):
             round_to_nearest(torch.ones(2, 2), n_bits, group_size)
+
+
+@pytest.mark.parametrize("shape", [(9, 14, 5), (14, 9, 5), (6, 6, 6), (8, 5, 1)])
+def test_principal_directions_are_orthogonal_and_change_no_product(shape):
+    out, in_, rank = shape
+    factors = Factors(draw(0, out, rank), draw(1, rank, in_))
+    left, right = principal(factors)
+    close(left @ right, factors.left @ factors.right)
+    sigma = torch.linalg.svdvals(factors.left @ factors.right)[:rank]
+    close(left.T @ left, torch.diag(sigma))
+    close(right @ right.T, torch.diag(sigma))
+
+
+def test_integers_of_directions_that_overlap_err_much_more():
+    """Negative control: pivoted rows as two factors, the identity above coefficients."""
+    rows = draw(2, 24, 40) * torch.logspace(0, -2, 24, dtype=torch.float64)[:, None] + draw(3, 1, 40)
+    factors = Factors(torch.cat([torch.eye(24, dtype=torch.float64), draw(4, 40, 24)]), rows)
+
+    def error(left, right):
+        rounded = [
+            dequantize_int8(*quantize_int8(side, dim), dim, torch.float64) for side, dim in ((left, 0), (right, 0))
+        ]
+        return float((rounded[0] @ rounded[1] - factors.left @ factors.right).norm())
+
+    assert error(*principal(factors)) < 0.8 * error(*balance(factors))
