@@ -32,30 +32,40 @@ class SharedInput:
         self.weight: Tensor | None = None
         self.scale: Tensor | None = None
         self.places: list[int] = []
-        self.last: tuple[weakref.ref[Tensor], Sequence[Tensor]] | None = None
+        # of the last input: itself, how often it had been changed in place, and what each member has not yet taken
+        self.last: tuple[weakref.ref[Tensor], int, list[Tensor | None]] | None = None
 
     def inner(self, member: LowRankLinear, x: Tensor) -> Tensor:
-        """x rightᵀ of ``member``."""
-        last = self.last  # one tuple: what another thread puts there meanwhile is not x
-        if last is None or last[0]() is not x:
-            if self.places != [one.weight.data_ptr() for one in self.members]:
-                self._join()
-            assert self.weight is not None
-            z = product(x, self.weight, self.scale)
-            last = self.last = (weakref.ref(x), z.split([one.rank for one in self.members], -1))
+        """x rightᵀ of ``member``, which takes it once: a second call with the same input computes again."""
         at = self.members.index(member)
-        if at == len(self.members) - 1:
-            self.last = None  # the last one: nothing is kept until the next token
-        return last[1][at]
+        last, version = self.last, 0 if x.is_inference() else x._version
+        if last is not None and last[0]() is x and last[1] == version:  # one tuple: another thread's is not of x
+            mine, last[2][at] = last[2][at], None
+            if mine is not None:
+                return mine
+        if self.places != self._places():
+            self._join()
+        assert self.weight is not None
+        parts = product(x, self.weight, self.scale).split([one.rank for one in self.members], -1)
+        self.last = (weakref.ref(x), version, [None if i == at else part for i, part in enumerate(parts)])
+        return parts[at]
 
     @torch.no_grad()
     def _join(self) -> None:
+        ranks = [one.rank for one in self.members]
         self.weight = torch.cat([one.weight.mT for one in self.members])  # (Σ rank, in)
+        for one, rows in zip(self.members, self.weight.split(ranks), strict=True):
+            one.weight.data = rows.mT
         scales: list[Tensor] = [one.weight_scale for one in self.members if one.weight_scale is not None]
         self.scale = torch.cat(scales) if scales else None
-        for one, rows in zip(self.members, self.weight.split([one.rank for one in self.members]), strict=True):
-            one.weight.data = rows.mT
-        self.places = [one.weight.data_ptr() for one in self.members]
+        if self.scale is not None:
+            for scale, part in zip(scales, self.scale.split(ranks), strict=True):
+                scale.data = part
+        self.places = self._places()
+
+    def _places(self) -> list[int]:
+        tensors = [tensor for one in self.members for tensor in (one.weight, one.weight_scale) if tensor is not None]
+        return [tensor.data_ptr() for tensor in tensors]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": None}  # a weak reference can be neither copied nor pickled

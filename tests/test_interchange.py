@@ -50,6 +50,14 @@ def test_the_generation_pipeline_takes_it(format: Format, folders: Folders) -> N
     assert isinstance(result["generated_text"], str)
 
 
+@pytest.mark.parametrize("format", MIXED)
+def test_a_whole_model_compiles(format: Format, folders: Folders) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders["llama", format])
+    expected = logits(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), expected, rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_module_compiles_in_one_graph(format: Format) -> None:
     weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))

@@ -63,9 +63,9 @@ def test_computes_what_each_computes_by_itself(format: Format) -> None:
 def test_replaced_weights_are_seen(format: Format) -> None:
     alone, sharing = pair(format)
     compare(alone, sharing)
-    other = {name: tensor.flip(0) if "scale" in name else tensor for name, tensor in alone.state_dict().items()}
-    other = {name: tensor / 2 if tensor.is_floating_point() else tensor for name, tensor in other.items()}
     for assign in (True, False):
+        other = {name: tensor.flip(0) if "scale" in name else tensor for name, tensor in alone.state_dict().items()}
+        other = {name: tensor / 2 if tensor.is_floating_point() else tensor for name, tensor in other.items()}
         for module in (alone, sharing):
             module.load_state_dict({name: tensor.clone() for name, tensor in other.items()}, assign=assign)
         compare(alone, sharing)
@@ -81,6 +81,21 @@ def test_an_input_that_only_some_read_and_a_new_one_at_the_same_place() -> None:
             del x
         y = torch.randn(1, 32)
         torch.testing.assert_close(sharing.k_proj(y), alone.k_proj(y))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_input_changed_in_place_is_a_new_one(mode: Any) -> None:
+    alone, sharing = pair("float16")
+    with mode():
+        x = torch.randn(1, 32)
+        for _ in range(3):
+            torch.testing.assert_close(sharing.q_proj(x), alone.q_proj(x))
+            x.add_(1)
+    with torch.no_grad():
+        x = torch.randn(1, 32)
+        torch.testing.assert_close(sharing.q_proj(x), alone.q_proj(x))
+        x.add_(1)
+        torch.testing.assert_close(sharing.k_proj(x), alone.k_proj(x))
 
 
 def test_copies_are_of_their_own() -> None:
