@@ -121,7 +121,7 @@ class StoredLinear(nn.Module):
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], format: Format, out_features: int, in_features: int, bias: Tensor | None
     ) -> Self:
-        """The module around the given stored tensors and bias, which are used as they are, not copied."""
+        """The module around the given stored tensors and bias, copied only where ``lay_out`` changes their order."""
         rank = tensors["left"].shape[1] if "left" in tensors else min(out_features, in_features)
         module = cls(in_features, out_features, rank, format, bias is not None, device="meta")
         state = dict(tensors) if bias is None else {**tensors, "bias": bias}
