@@ -14,7 +14,7 @@ from spectrim.lowrank_linear import LowRankLinear
 from spectrim.maths.budget import Format
 from spectrim.modules import same_input
 from spectrim.shared_input import SharedInput, share
-from spectrim.speed import weight_bytes
+from spectrim.speed import n_parameters, weight_bytes
 from tests.checkpoints import Folders, build_all, logits, packed_weight, stored_linear
 
 SHARED: list[Format] = ["float16", "pifa", "int8", "pifa_int8"]
@@ -54,7 +54,7 @@ def compare(alone: nn.Module, sharing: nn.Module, dtype: torch.dtype = torch.flo
 def test_computes_what_each_computes_by_itself(format: Format) -> None:
     alone, sharing = pair(format)
     compare(alone, sharing)
-    assert weight_bytes(sharing) == weight_bytes(alone)
+    assert weight_bytes(sharing) == weight_bytes(alone) and n_parameters(sharing) == n_parameters(alone)
     assert sharing.q_proj.weight.data_ptr() == sharing.q_proj.shared.weight.data_ptr()
     assert all(torch.equal(one, other) for one, other in zip(alone.parameters(), sharing.parameters(), strict=True))
 
