@@ -184,8 +184,9 @@ class Refinement:
             if step:
                 self._optimizer.state[parameter] = {
                     "step": torch.tensor(float(step), device=parameter.device),
-                    "exp_avg": state["mean"][name].to(parameter.device, copy=True),
-                    "exp_avg_sq": state["square"][name].to(parameter.device, copy=True),
+                    # in the parameter's order in memory, which the fused kernel goes by
+                    "exp_avg": torch.empty_like(parameter, requires_grad=False).copy_(state["mean"][name]),
+                    "exp_avg_sq": torch.empty_like(parameter, requires_grad=False).copy_(state["square"][name]),
                 }
 
     def factors(self) -> dict[str, Factors]:
