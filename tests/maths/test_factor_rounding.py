@@ -22,9 +22,8 @@ def draw(seed: int, out: int, in_: int, rank: int, decades: float = 2) -> Case:
     )
     mixing = torch.logspace(0, -decades, in_, dtype=torch.float64)[:, None] * mixing
     sizes = torch.logspace(0, -1, out, dtype=torch.float64)[:, None]
-    return balance(Factors(sizes * left * torch.logspace(0, -2, rank, dtype=torch.float64), right)), reference.gram(
-        tokens @ mixing
-    )
+    sigma = torch.logspace(0, -2, rank, dtype=torch.float64)
+    return balance(Factors(sizes * left * sigma, right)), reference.gram(tokens @ mixing)
 
 
 def product(found: RoundedFactors) -> Tensor:
@@ -47,9 +46,8 @@ def test_equals_the_naive_version(seed: int, out: int, in_: int, rank: int, tail
     case = draw(seed, out, in_, rank, decades=0)  # well conditioned: the refit damps, if ever so little
     heads = (min(out, in_), min(out, in_)) if tail else (out, in_)
     expected = reference.round_factors(*case[0], heads, case[1])
-    torch.testing.assert_close(
-        product(round_factors(case[0], heads, case[1])), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
-    )
+    found, largest = product(round_factors(case[0], heads, case[1])), float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * largest)
 
 
 @pytest.mark.parametrize("shape", [(24, 64), (64, 24)])

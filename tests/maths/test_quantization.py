@@ -209,9 +209,7 @@ def test_integers_of_directions_that_overlap_err_much_more():
     factors = Factors(torch.cat([torch.eye(24, dtype=torch.float64), draw(4, 40, 24)]), rows)
 
     def error(left, right):
-        rounded = [
-            dequantize_int8(*quantize_int8(side, dim), dim, torch.float64) for side, dim in ((left, 0), (right, 0))
-        ]
-        return float((rounded[0] @ rounded[1] - factors.left @ factors.right).norm())
+        left, right = (dequantize_int8(*quantize_int8(side, 0), 0, torch.float64) for side in (left, right))
+        return float((left @ right - factors.left @ factors.right).norm())
 
     assert error(*principal(factors)) < 0.8 * error(*balance(factors))
