@@ -15,6 +15,7 @@ def collect(
     *,
     target_ratio: float,
     stored: Mapping[str, Any],
+    matrices: Mapping[str, Mapping[str, Any]],
     baseline: Mapping[str, Any],
     perplexity: Mapping[str, Mapping[str, Any]],
     tasks: Mapping[str, Mapping[str, Any]],
@@ -26,6 +27,7 @@ def collect(
     Args:
         target_ratio: compression.ratio.
         stored: what ``spectrim.checkpoint.read_bytes`` found in the file.
+        matrices: the table of the checkpoint's spectrim.json.
         baseline: the content of artifacts/baseline/baseline.json.
         perplexity: text -> ``TextPerplexity`` of the compressed model, on the texts of ``baseline``.
         tasks: task -> ``Score`` of the compressed model, on the tasks of ``baseline``.
@@ -35,6 +37,7 @@ def collect(
     return {
         "ratio": {"target": target_ratio, "file": stored["ratio"]},
         "bytes": {name: stored[name] for name in ("file", "linears", "dense_linears_16bit")},
+        "pivoting": pivoting(matrices),
         "perplexity": {
             text: {
                 "dense": baseline["perplexity"][text]["perplexity"],
@@ -66,6 +69,19 @@ def write_tables(metrics: Mapping[str, Any], folder: Path) -> None:
             text = io.StringIO(newline="")
             csv.writer(text, lineterminator="\n").writerows([header, *rows])
             (out / f"{name}.csv").write_text(text.getvalue(), encoding="utf-8")
+
+
+def pivoting(matrices: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """How well the rows of pivoted matrices were chosen, the worst one by name; None where none is stored like that."""
+    pivoted = {name: row for name, row in matrices.items() if "condition" in row}
+    if not pivoted:
+        return None
+    worst = max(pivoted, key=lambda name: pivoted[name]["condition"])
+    return {
+        "matrices": len(pivoted),
+        "largest_condition": {"name": worst, "value": pivoted[worst]["condition"]},
+        "exchanges": {name: row["exchanges"] for name, row in pivoted.items() if row["exchanges"]},
+    }
 
 
 def _task(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[str, Any]:

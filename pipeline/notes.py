@@ -120,3 +120,20 @@ def gap_note(ranks: Mapping[str, Any]) -> str | None:
     if gap is None:
         return None
     return f"predicted loss of fisher's ranks proven within {100 * gap:.2g} % of the optimum"
+
+
+def pivoting_note(metrics: Metrics) -> str | None:
+    """How well the rows that stand for pivoted matrices were chosen; None where no matrix is stored like that."""
+    pivoting = metrics["pivoting"]
+    if pivoting is None:
+        return None
+    worst, exchanges = pivoting["largest_condition"], pivoting["exchanges"]
+    said = (
+        "no matrix needed the stronger pivoting"
+        if not exchanges
+        else f"the stronger pivoting exchanged {sum(exchanges.values())} rows of {', '.join(exchanges)}"
+    )
+    return (
+        f"{pivoting['matrices']} matrices as rows of their own, largest condition {worst['value']:.3g} "
+        f"({worst['name']}); {said}"
+    )

@@ -1,5 +1,6 @@
 """One block of `remap`: from ranks, factors and rounded weights to the tensors of the storage formats."""
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,15 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.factor_files import read_factors, read_rounded
+from pipeline.factor_files import read_factors, read_facts, read_rounded
 from pipeline.matrices import stored_format
 from spectrim.checkpoint import Matrix
 from spectrim.errors import BudgetError
-from spectrim.maths.budget import Format, matrix_bytes
-from spectrim.saving import pack, pack_rounded
+from spectrim.maths.budget import INT8_FACTORS, Format, matrix_bytes
+from spectrim.saving import Packed, pack, pack_rounded
 
 PACKED = "packed.safetensors"
-ROUNDED_FACTORS = ("int8", "remap", "pifa_int8")
 
 
 def choose(entry: Mapping[str, Any], format: Format | None) -> Matrix:
@@ -50,23 +50,28 @@ def pack_block(
 
     ``grams`` gives the input Gram of a linear, which factors in int8 are rounded against.
     """
-    packed: dict[str, dict[str, Tensor]] = {}
+    packed: dict[str, Packed] = {}
     for name, factors in read_factors(files[0]).items():
         format = matrices[name].format
         if format != "dense":
-            packed[name] = pack(factors, format, half, grams(name) if format in ROUNDED_FACTORS else None)
+            packed[name] = pack(factors, format, half, grams(name) if format in INT8_FACTORS else None)
     for file in files[1:]:
         for name, (weight, residual) in read_rounded(file).items():
             packed[name] = pack_rounded(weight, matrices[name].format, residual)
-    tensors = {f"{name}.{suffix}": tensor for name in sorted(packed) for suffix, tensor in packed[name].items()}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / PACKED)
+    tensors = {f"{name}.{suffix}": tensor for name in sorted(packed) for suffix, tensor in packed[name].tensors.items()}
+    facts = {name: matrix.facts for name, matrix in sorted(packed.items())}
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / PACKED, metadata={"facts": json.dumps(facts)})
 
 
-def load_packed(folders: Iterable[Path]) -> dict[str, dict[str, Tensor]]:
-    """linear name -> suffix -> tensor of every block that ``pack_block`` wrote."""
-    packed: dict[str, dict[str, Tensor]] = defaultdict(dict)
+def load_packed(folders: Iterable[Path]) -> dict[str, Packed]:
+    """linear name -> the matrix as packed, of every block that ``pack_block`` wrote."""
+    packed: dict[str, Packed] = {}
     for folder in folders:
+        tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for tensor_name, tensor in load_file(folder / PACKED).items():
             name, _, suffix = tensor_name.rpartition(".")
-            packed[name][suffix] = tensor
-    return dict(packed)
+            tensors[name][suffix] = tensor
+        facts = read_facts(folder / PACKED)
+        packed |= {name: Packed(parts, facts[name]) for name, parts in tensors.items()}
+    return packed

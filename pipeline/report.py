@@ -164,7 +164,7 @@ def _text(
         "prompt": params.evaluate.prompt,
         "generation": metrics["generation"],
         "generation_dense": metrics.get("generation_dense"),
-        "recipe": _recipe(params, calibrate, ranks, found),
+        "recipe": _recipe(params, metrics, calibrate, ranks, found),
         "protocol": tables.protocol_table(metrics),
     }
 
@@ -182,7 +182,11 @@ def _factors(params: Params) -> Format:
 
 
 def _recipe(
-    params: Params, calibrate: Mapping[str, Any], ranks: Mapping[str, Any], found: Sequence[Matrix]
+    params: Params,
+    metrics: Mapping[str, Any],
+    calibrate: Mapping[str, Any],
+    ranks: Mapping[str, Any],
+    found: Sequence[Matrix],
 ) -> tables.Table:
     rows = [
         ("model", params.model.source),
@@ -199,6 +203,7 @@ def _recipe(
         *([("knapsack", note)] if (note := notes.gap_note(ranks)) else []),
         ("weights", params.update_weights.method),
         ("stored as", ", ".join(f"{name}: {count}" for name, count in Counter(m.format for m in found).most_common())),
+        *([("rows", note)] if (note := notes.pivoting_note(metrics)) else []),
     ]
     rows += [
         (

@@ -2,7 +2,8 @@
 
     config.json          the dense model's, with the entry "quantization_config" below
     model.safetensors    or model-00001-of-0000N.safetensors and model.safetensors.index.json
-    spectrim.json        provenance, ratios, bytes of every matrix; not needed to load
+    spectrim.json        provenance, ratios, bytes of every matrix; of pivoted ones the condition of their rows, and how
+                         many were exchanged for it; not needed to load
     everything else      tokenizer, chat template and generation settings of the dense model, unchanged
 
     "quantization_config": {

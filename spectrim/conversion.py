@@ -4,13 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from spectrim.checkpoint import HALF, Matrix, by_module, check_half, check_matrix, headers, read_config, weight_files
 from spectrim.errors import CheckpointError
 from spectrim.lowrank_linear import LowRankLinear, factors_of
 from spectrim.maths.budget import FACTORED, Format, resolve_format
-from spectrim.saving import narrow, pack, read_tensor, write_checkpoint
+from spectrim.saving import PIVOTING, Packed, narrow, pack, read_tensor, write_checkpoint
 
 
 def convert(folder: Path, destination: Path, format: Format, max_shard_size: str = "2GB") -> dict[str, Any]:
@@ -37,25 +35,34 @@ def convert(folder: Path, destination: Path, format: Format, max_shard_size: str
     entries = headers(weight_files(folder))
     check_half(entries, half)
     modules = by_module(entries)
-    matrices, stored = dict(config.listed), dict[str, dict[str, Tensor]]()
+    about = _about(folder)
+    matrices, stored = dict(config.listed), dict[str, Packed]()
     for name, matrix in config.listed.items():
         found = modules.get(name, {})
         out, in_ = check_matrix(name, matrix, {suffix: entry[:2] for suffix, entry in found.items()})
-        stored[name] = {suffix: read_tensor(entries.pop(f"{name}.{suffix}"), f"{name}.{suffix}") for suffix in found}
+        parts = {suffix: read_tensor(entries.pop(f"{name}.{suffix}"), f"{name}.{suffix}") for suffix in found}
+        row = about["matrices"].get(name, {})
+        stored[name] = Packed(parts, {key: row[key] for key in PIVOTING if key in row})
         if matrix.format not in FACTORED or matrix.format == format:
             continue
-        factors = factors_of(LowRankLinear.from_tensors(stored[name], matrix.format, out, in_, None))
+        factors = factors_of(LowRankLinear.from_tensors(parts, matrix.format, out, in_, None))
         wanted = "dense" if format == "dense" else resolve_format(format, out, in_, matrix.rank)
         if wanted == "dense":
             matrices[name] = Matrix("dense", min(out, in_))
-            stored[name] = {"weight": narrow(factors.left @ factors.right, half)}
+            stored[name] = Packed({"weight": narrow(factors.left @ factors.right, half)})
         else:
             matrices[name] = Matrix(wanted, matrix.rank)
             stored[name] = pack(factors, wanted, half)
-    facts = json.loads((folder / "spectrim.json").read_text(encoding="utf-8"))
-    provenance = {"converted_from": facts["provenance"], "format": format}
+    provenance = {"converted_from": about["provenance"], "format": format}
     others = {name: read_tensor(entry, name) for name, entry in entries.items()}
     return write_checkpoint(
         folder, destination, others, stored, matrices, half,
-        ratio_target=facts["ratio"]["target"], provenance=provenance, max_shard_size=max_shard_size,
+        ratio_target=about["ratio"].get("target", config.ratio), provenance=provenance, max_shard_size=max_shard_size,
     )  # fmt: skip
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """spectrim.json, or what stands for it in a folder that ``save_pretrained`` has written, which has none."""
+    file = folder / "spectrim.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {"provenance": None, "ratio": {}, "matrices": {}} | known

@@ -25,7 +25,7 @@ from spectrim.checkpoint import Matrix
 from spectrim.errors import CheckpointError
 from spectrim.maths.budget import Format, dense_bytes, resolve_format
 from spectrim.maths.lowrank import Factors
-from spectrim.saving import narrow, pack, write_checkpoint
+from spectrim.saving import Packed, narrow, pack, write_checkpoint
 
 STATE, REMAPPED = "pytorch_model.bin", "remapping_weight.pt"
 KEYS = {"us_quan", "vt_quan", "us_absmax", "vt_absmax", "tuple_info"}
@@ -65,7 +65,7 @@ def import_dobi(folder: Path, destination: Path, format: Format, max_shard_size:
         wanted = resolve_format(format, *shape, rank)
         if wanted == "dense":
             matrices[name] = Matrix("dense", min(shape))
-            stored[name] = {"weight": narrow(factors.left @ factors.right, torch.float16)}
+            stored[name] = Packed({"weight": narrow(factors.left @ factors.right, torch.float16)})
         else:
             matrices[name], stored[name] = Matrix(wanted, rank), pack(factors, wanted)
     whole = sum(dense_bytes(*shape) for shape in shapes.values())

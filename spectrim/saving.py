@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
@@ -30,11 +30,23 @@ from spectrim.maths.lowrank import Factors
 from spectrim.maths.pivoting import pivot
 from spectrim.maths.quantization import Quantized, balance, pack_int4, principal
 
+PIVOTING = ("condition", "exchanges")
+"""What ``maths.pivoting.Pivoted`` has to say of a choice of rows."""
 
-def pack(
-    factors: Factors, format: Format, dtype: torch.dtype = torch.float16, gram: Tensor | None = None
-) -> dict[str, Tensor]:
-    """The tensors that store left @ right in ``format``: suffix -> tensor, as ``stored_tensors`` lays them out.
+
+class Packed(NamedTuple):
+    """One matrix as it is stored.
+
+    ``tensors``: suffix -> tensor, as ``stored_tensors`` lays them out. ``facts``: what spectrim.json is to say of it,
+    PIVOTING of pivoted rows.
+    """
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, float] = {}
+
+
+def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16, gram: Tensor | None = None) -> Packed:
+    """left @ right in ``format``.
 
     The norm of each direction is shared equally by both factors first, and directions that become integers are made
     orthogonal; neither changes the product.
@@ -49,23 +61,23 @@ def pack(
         CheckpointError: a value does not fit ``dtype``.
         NumericalError: a value is not finite.
     """
-    out, in_, extra = factors.left.shape[0], factors.right.shape[1], dict[str, Tensor]()
+    out, in_, extra, facts = factors.left.shape[0], factors.right.shape[1], dict[str, Tensor](), dict[str, float]()
     if format in ("pifa", "pifa_int8"):
         pivoted = pivot(factors)
-        extra = {"order": pivoted.order}
+        extra, facts = {"order": pivoted.order}, {name: getattr(pivoted, name) for name in PIVOTING}
         factors = Factors(pivoted.coefficients, pivoted.rows)
     else:
         factors = balance(factors) if format == "float16" else principal(factors)
     if format in ("pifa", "float16"):
         sides = {"weight": factors.right.mT, "left": factors.left}
-        return {name: narrow(side, dtype).contiguous() for name, side in sides.items()} | extra
+        return Packed({name: narrow(side, dtype).contiguous() for name, side in sides.items()} | extra, facts)
     head = min(out, in_) if format == "remap" else max(out, in_)
     packed = _int8(factors, "weight", dtype, (min(head, len(factors.left)), min(head, in_)), gram)
-    return packed | extra
+    return Packed(packed | extra, facts)
 
 
-def pack_rounded(rounded: Quantized, format: Format, residual: Factors | None = None) -> dict[str, Tensor]:
-    """The tensors that store a rounded weight in ``format``, with int8 factors of what rounding lost if it has them.
+def pack_rounded(rounded: Quantized, format: Format, residual: Factors | None = None) -> Packed:
+    """A rounded weight in ``format``, with int8 factors of what rounding lost if it has them.
 
     Args:
         rounded: symmetric, of the format's bits, in groups of ``budget.group_size``.
@@ -82,9 +94,7 @@ def pack_rounded(rounded: Quantized, format: Format, residual: Factors | None = 
         )
     values = rounded.values.unflatten(1, (-1, size))
     packed = {"weight": pack_int4(values) if ROUNDED[format] == 4 else values, "weight_scale": rounded.scale}
-    if residual is None:
-        return packed
-    return packed | _int8(principal(residual), "right")
+    return Packed(packed if residual is None else packed | _int8(principal(residual), "right"))
 
 
 def half_dtype(folder: Path) -> torch.dtype:
@@ -96,7 +106,7 @@ def half_dtype(folder: Path) -> torch.dtype:
 def assemble(
     source: Path,
     destination: Path,
-    packed: Mapping[str, Mapping[str, Tensor]],
+    packed: Mapping[str, Packed],
     matrices: Mapping[str, Matrix],
     *,
     ratio_target: float,
@@ -111,7 +121,7 @@ def assemble(
     Args:
         source: Hugging Face folder of the dense model; its files are copied, its other tensors bit for bit.
         destination: an empty or new folder.
-        packed: linear name -> suffix -> tensor, see ``pack``, of every matrix that is not dense.
+        packed: linear name -> every matrix that is not dense.
         matrices: every compressible linear, dense ones included.
         ratio_target: the ratio that was asked for; it is recorded only.
         provenance: JSON-able facts about sources, parameters and code, recorded in spectrim.json.
@@ -126,13 +136,14 @@ def assemble(
     """
     half = half_dtype(source)
     tensors = {name: read_tensor(entry, name) for name, entry in headers(weight_files(source)).items()}
-    stored: dict[str, Mapping[str, Tensor]] = {}
+    stored: dict[str, Packed] = {}
     for name, matrix in matrices.items():
         if f"{name}.weight" not in tensors:
             raise CheckpointError(f"{name}: {source} has no tensor {name}.weight; rebuild the prepared model")
         weight = tensors.pop(f"{name}.weight")
-        stored[name] = {"weight": narrow(weight, half)} if matrix.format == "dense" else packed.get(name, {})
-        shape = check_matrix(name, matrix, _described(stored[name]))
+        dense = matrix.format == "dense"
+        stored[name] = Packed({"weight": narrow(weight, half)}) if dense else packed.get(name, Packed({}))
+        shape = check_matrix(name, matrix, _described(stored[name].tensors))
         if shape != weight.shape:
             raise CheckpointError(f"{name}: factors of a {shape} weight, the dense weight is {tuple(weight.shape)}")
     return write_checkpoint(
@@ -145,7 +156,7 @@ def write_checkpoint(
     source: Path,
     destination: Path,
     others: Mapping[str, Tensor],
-    stored: Mapping[str, Mapping[str, Tensor]],
+    stored: Mapping[str, Packed],
     matrices: Mapping[str, Matrix],
     half: torch.dtype,
     *,
@@ -159,7 +170,7 @@ def write_checkpoint(
     Args:
         source: folder whose config.json and other files are taken over.
         others: every tensor of the model that belongs to none of the matrices, by its name.
-        stored: linear name -> suffix -> tensor of every matrix, dense ones included.
+        stored: linear name -> every matrix, dense ones included.
         half: the 16-bit dtype of the checkpoint.
 
     Raises:
@@ -167,9 +178,10 @@ def write_checkpoint(
     """
     tensors, table, n_dense = dict(others), {}, 0
     for name, matrix in matrices.items():
-        n_dense += dense_bytes(*check_matrix(name, matrix, _described(stored[name])))
-        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in stored[name].items()}
-        table[name] = {**matrix._asdict(), "bytes": sum(part.nbytes for part in stored[name].values())}
+        parts, facts = stored[name]
+        n_dense += dense_bytes(*check_matrix(name, matrix, _described(parts)))
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in parts.items()}
+        table[name] = {**matrix._asdict(), "bytes": sum(part.nbytes for part in parts.values()), **facts}
     ratio = sum(row["bytes"] for row in table.values()) / n_dense
     destination.mkdir(parents=True, exist_ok=True)
     _save(tensors, destination, max_shard_size)
@@ -184,8 +196,8 @@ def write_checkpoint(
     ).to_dict()
     _write_json(destination / "config.json", config)
     measured = read_bytes(destination)
-    facts = {"provenance": provenance, "ratio": {"target": ratio_target, "file": ratio}, "bytes": measured}
-    _write_json(destination / "spectrim.json", {**facts, "matrices": table})
+    about = {"provenance": provenance, "ratio": {"target": ratio_target, "file": ratio}, "bytes": measured}
+    _write_json(destination / "spectrim.json", {**about, "matrices": table})
     return measured
 
 

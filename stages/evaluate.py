@@ -58,6 +58,7 @@ def main(
     measured = metrics.collect(
         target_ratio=params.compression.ratio,
         stored=read_bytes(artifact("remap")),
+        matrices=read_json(artifact("remap", "spectrim.json"))["matrices"],
         baseline=baseline,
         perplexity=measure.text_perplexities(model, texts, batch_size=settings.batch_size, desc="compressed"),
         tasks=run_tasks(model, tokenizer, tasks, limit=settings.task_limit, batch_size=settings.batch_size),

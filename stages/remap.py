@@ -32,7 +32,8 @@ def main() -> None:
     for file in artifact("update_weights").glob("rounded/*.safetensors"):
         blocks[file.stem].append(file)
     factors = {block: [sha256_file(file) for file in files] for block, files in blocks.items()}
-    grams = {block: sha256_file(captured / "inputs" / f"{block}.safetensors") for block in blocks}
+    rounds = any(matrix.format in budget.INT8_FACTORS for matrix in matrices.values())
+    read = {block: sha256_file(captured / "inputs" / f"{block}.safetensors") if rounds else None for block in blocks}
     code = code_digest(
         packing, factor_files, capture, saving, stored_linear, budget, compensation, factor_rounding, pivoting,
         quantization, whitening,
@@ -40,7 +41,7 @@ def main() -> None:
     tasks = [
         LayerTask(
             f"block {block}",
-            key("remap", block, code, factors[block], grams[block], listed, str(half)),
+            key("remap", block, code, factors[block], read[block], listed, str(half)),
             partial(packing.pack_block, files, partial(capture.gram_of, captured, int(block)), matrices, half),
         )
         for block, files in blocks.items()

@@ -1,6 +1,7 @@
 """Checkpoints of the tiny models in every format, made without the pipeline."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import dequantize, round_to_nearest
 from spectrim.modules import compressible_linears
 from spectrim.quantized_linear import QuantizedLinear
-from spectrim.saving import assemble, pack, pack_rounded
+from spectrim.saving import Packed, assemble, pack, pack_rounded
 from spectrim.stored_linear import StoredLinear
 from tests import tiny
 
@@ -24,7 +25,6 @@ CASES = [(family, format) for family in tiny.FAMILIES for format in FORMATS]
 RANK = 7
 UP = "model.layers.0.mlp.up_proj"
 TOKENS = torch.arange(2, 42).reshape(2, 20)
-Packed = dict[str, Tensor]
 Folders = dict[tuple[str, str], Path]
 
 
@@ -52,7 +52,9 @@ def packed_weight(weight: Tensor, format: Format, dtype: torch.dtype) -> Packed:
     return pack_rounded(rounded, format, residual)
 
 
-def stored_linear(tensors: Packed, format: Format, shape: tuple[int, int], bias: Tensor | None = None) -> StoredLinear:
+def stored_linear(
+    tensors: Mapping[str, Tensor], format: Format, shape: tuple[int, int], bias: Tensor | None = None
+) -> StoredLinear:
     """The module that holds them."""
     kind = QuantizedLinear if format in ROUNDED else LowRankLinear
     return kind.from_tensors(tensors, format, *shape, bias)

@@ -79,3 +79,12 @@ def test_the_command_says_what_it_wrote_or_what_is_wrong(
     assert f"{read_bytes(tmp_path / 'made')['ratio']:.4f} of their 16-bit bytes" in capsys.readouterr().out
     assert cli.main(command) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'made'}: not empty")
+
+
+def test_a_folder_of_save_pretrained_is_converted_too(folders: Folders, tmp_path: Path) -> None:
+    """It has no spectrim.json, which nothing needs."""
+    AutoModelForCausalLM.from_pretrained(folders["llama", "float16"]).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "spectrim.json").exists()
+    convert(tmp_path / "saved", tmp_path / "made", "pifa")
+    before, after = (logits(AutoModelForCausalLM.from_pretrained(tmp_path / at)) for at in ("saved", "made"))
+    torch.testing.assert_close(after, before, rtol=1e-2, atol=1e-2)

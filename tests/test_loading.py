@@ -36,7 +36,7 @@ def by_hand(dense: Path, format: Format) -> PreTrainedModel:
             continue
         tensors = {
             suffix: tensor.float() if tensor.dtype == torch.float16 and not suffix.endswith("_scale") else tensor
-            for suffix, tensor in packed[name].items()
+            for suffix, tensor in packed[name].tensors.items()
         }
         replace(model, name, stored_linear(tensors, format, linear.weight.shape, linear.bias))
     return model.eval()

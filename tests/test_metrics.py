@@ -14,6 +14,7 @@ import yaml
 from pipeline import params
 from pipeline.artifacts import read_json
 from pipeline.measure import load_model
+from pipeline.metrics import pivoting
 from pipeline.sections import Baseline
 from pipeline.texts import save_windows
 from spectrim.checkpoint import Matrix, read_bytes
@@ -90,6 +91,7 @@ def test_metrics_hold_both_models_on_the_same_tokens(project: Path) -> None:
         assert (entry["n_tokens"], entry["seq_len"], len(entry["tokens_sha256"])) == (3 * 23, 24, 64)
         assert abs(entry["compressed"] / entry["dense"] - 1) > 1e-3
         assert metrics["baselines"]["int8"]["perplexity"][text] == pytest.approx(entry["dense"], rel=0.05)
+    assert metrics["pivoting"] is None  # none of the matrices is stored as rows
     assert set(metrics["baselines"]) == {"int8", "int4"}
     assert set(metrics["tasks"]["piqa"]) >= {"dense", "compressed"}
     assert set(metrics["speed"]) == {"prefill", "decode"}
@@ -172,3 +174,10 @@ def test_a_baseline_of_other_tokens_is_refused(project: Path) -> None:
 def test_missing_models_name_the_folder(project: Path) -> None:
     with pytest.raises(StorageError, match=r"nowhere/config\.json: not found"):
         load_model(Path("nowhere"), CPU)
+
+
+def test_the_worst_choice_of_rows_and_every_exchange_are_kept() -> None:
+    rows = {"a": {"condition": 3.0, "exchanges": 0}, "b": {"condition": 7.5, "exchanges": 2}, "c": {"bytes": 4}}
+    expected = {"matrices": 2, "largest_condition": {"name": "b", "value": 7.5}, "exchanges": {"b": 2}}
+    assert pivoting(rows) == expected
+    assert pivoting({"c": {"bytes": 4}}) is None

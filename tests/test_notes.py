@@ -95,3 +95,14 @@ def test_refined_blocks_are_counted() -> None:
     assert notes.update_note(summary) == (
         "Each block was refined by itself first: mean relative squared error 0.3 → 0.25, better in 1 of 2 blocks."
     )
+
+
+def test_the_choice_of_rows_is_reported_with_every_exchange(metrics: dict[str, Any]) -> None:
+    assert notes.pivoting_note(metrics) is None
+    worst = {"name": "layers.1.up_proj", "value": 31.25}
+    metrics["pivoting"] = {"matrices": 190, "largest_condition": worst, "exchanges": {}}
+    note = "190 matrices as rows of their own, largest condition 31.2 (layers.1.up_proj); "
+    assert notes.pivoting_note(metrics) == f"{note}no matrix needed the stronger pivoting"
+    metrics["pivoting"]["exchanges"] = {"layers.0.q_proj": 2, "layers.3.o_proj": 1}
+    exchanged = "the stronger pivoting exchanged 3 rows of layers.0.q_proj, layers.3.o_proj"
+    assert notes.pivoting_note(metrics) == note + exchanged

@@ -97,6 +97,8 @@ def check_result(project: Project) -> str:
     dense = sum(2 * prepared[f"{linear}.weight"].numel() for linear in matrices)
     untouched = {name for name in prepared if name.rsplit(".", 1)[0] not in matrices or name.endswith(".bias")}
     assert untouched <= set(packed)
+    pivoted = [name for name, matrix in matrices.items() if matrix["format"] in ("pifa", "pifa_int8")]
+    assert (metrics["pivoting"] or {"matrices": 0})["matrices"] == len(pivoted)
     assert stored / dense == pytest.approx(metrics["ratio"]["file"], rel=1e-9)
     assert metrics["ratio"]["file"] <= metrics["ratio"]["target"]
     fresh = load_fresh(project)

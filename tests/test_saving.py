@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spectrim.checkpoint import Matrix, read_bytes
+from spectrim.conversion import convert
 from spectrim.errors import CheckpointError, NumericalError
 from spectrim.maths.budget import RESIDUAL, ROUNDED, Format
 from spectrim.maths.lowrank import Factors
@@ -106,7 +107,7 @@ def test_packing_loses_at_most_the_rounding_of_the_format(format: Format, shape:
     torch.manual_seed(3)
     factors = truncated(torch.randn(shape), RANK)
     weight = torch.randn(shape) if format in ROUNDED else factors.left @ factors.right
-    kept = stored_linear(packed_weight(weight, format, torch.float16), format, shape).dense_weight()
+    kept = stored_linear(packed_weight(weight, format, torch.float16).tensors, format, shape).dense_weight()
     error = torch.linalg.matrix_norm(kept - weight) / torch.linalg.matrix_norm(weight)
     allowed = {"float16": 1e-3, "pifa": 4e-3, "pifa_int8": 3e-2, "dense_int4": 0.15, "int4_residual": 0.12}
     assert error < allowed.get(format, 2e-2)
@@ -114,7 +115,7 @@ def test_packing_loses_at_most_the_rounding_of_the_format(format: Format, shape:
         return
     # one scale for the whole left factor instead of one per row loses what the small rows hold
     spread = Factors(factors.left * torch.logspace(0, -4, shape[0])[:, None], factors.right)
-    kept = stored_linear(pack(spread, format), format, shape).dense_weight()[-1]
+    kept = stored_linear(pack(spread, format).tensors, format, shape).dense_weight()[-1]
     row = spread.left[-1] @ spread.right
     assert torch.linalg.vector_norm(kept - row) < 4e-2 * torch.linalg.vector_norm(row)
     naive = (spread.left[-1] / spread.left.abs().max() * 127).round() * spread.left.abs().max() / 127
@@ -126,7 +127,7 @@ def test_a_rounded_weight_comes_back_number_by_number(format: Format) -> None:
     weight, n_bits = torch.randn(6, 128), ROUNDED[format]
     residual = Factors(torch.zeros(6, 2), torch.zeros(2, 128)) if format in RESIDUAL else None
     rounded = round_to_nearest(weight, n_bits, 64 if n_bits == 4 else None)
-    kept = stored_linear(pack_rounded(rounded, format, residual), format, weight.shape).dense_weight()
+    kept = stored_linear(pack_rounded(rounded, format, residual).tensors, format, weight.shape).dense_weight()
     expected = rounded.values.float() * rounded.scale.float().repeat_interleave(rounded.group_size, 1)
     assert torch.equal(kept, expected)
 
@@ -138,6 +139,27 @@ def test_a_rounded_weight_of_another_format_is_refused(format: Format, group: in
     residual = Factors(torch.ones(6, factors), torch.ones(factors, 128)) if factors else None
     with pytest.raises(CheckpointError, match=rf"{format} of 128 inputs: .* required: groups of"):
         pack_rounded(round_to_nearest(torch.randn(6, 128), 4, group), format, residual)
+
+
+@pytest.mark.parametrize("format", ["pifa", "pifa_int8"])
+def test_pivoted_matrices_say_how_well_their_rows_were_chosen(format: Format, folders: Folders, tmp_path: Path) -> None:
+    """spectrim.json has ‖[I; C]‖₂ and the exchanged rows of every pivoted matrix, of no other."""
+    table = json.loads((folders["llama", format] / "spectrim.json").read_text())["matrices"]
+    stored = load_file(folders["llama", format] / "model.safetensors")
+    for name, row in table.items():
+        if row["format"] == "dense":
+            assert "condition" not in row
+            continue
+        coefficients = stored[f"{name}.left"].double()
+        if format == "pifa_int8":
+            coefficients *= stored[f"{name}.left_scale"][:, None]
+        expected = (1 + float(torch.linalg.matrix_norm(coefficients, ord=2)) ** 2) ** 0.5
+        assert row["condition"] == pytest.approx(expected, rel=1e-2) and row["condition"] > 1
+        assert row["exchanges"] == 0
+    convert(folders["llama", format], tmp_path / "same", format)
+    assert json.loads((tmp_path / "same" / "spectrim.json").read_text())["matrices"] == table
+    plain = json.loads((folders["llama", "int8"] / "spectrim.json").read_text())["matrices"]
+    assert all("condition" not in row for row in plain.values())
 
 
 def test_packing_refuses_what_it_cannot_hold() -> None:

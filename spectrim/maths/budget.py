@@ -46,6 +46,9 @@ Shape = tuple[int, int]
 FACTORED: tuple[Format, ...] = ("float16", "pifa", "remap", "int8", "pifa_int8")
 """W ≈ left @ right; nothing else is kept."""
 
+INT8_FACTORS: tuple[Format, ...] = ("remap", "int8", "pifa_int8")
+"""Those of them whose factors are int8, in whole or in part."""
+
 ROUNDED: dict[Format, int] = {"dense_int8": 8, "dense_int4": 4, "int8_residual": 8, "int4_residual": 4}
 """The formats that hold a rounded weight, and its bits."""
 

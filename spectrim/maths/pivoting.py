@@ -30,14 +30,16 @@ BOUND = 4.0
 class Pivoted(NamedTuple):
     """W = [rows; coefficients @ rows][order].
 
-    ``rows`` (r, in) and ``coefficients`` (out − r, r) in the dtype of the factors, ``order`` (out,) int32;
-    ``exchanges`` counts the rows that the stronger pivoting had to exchange, 0 as a rule.
+    ``rows`` (r, in) and ``coefficients`` C (out − r, r) in the dtype of the factors, ``order`` (out,) int32;
+    ``exchanges`` counts the rows that the stronger pivoting had to exchange, 0 as a rule; ``condition`` = ‖[I; C]‖₂,
+    at least 1 and at most √(1 + BOUND² r (out − r)): how much larger an error of the rows can be in the matrix.
     """
 
     rows: Tensor
     coefficients: Tensor
     order: Tensor
     exchanges: int
+    condition: float
 
 
 def pivot(factors: Factors) -> Pivoted:
@@ -69,8 +71,9 @@ def pivot(factors: Factors) -> Pivoted:
     rest = _others(pivots, out)
     coefficients = _coefficients(basis, pivots, rest)
     order = torch.argsort(torch.cat([pivots, rest]))
+    condition = 1 / float(torch.linalg.matrix_norm(basis[pivots], ord=-2))  # basis = [I; C] basis[pivots], orthonormal
     dtype = factors.left.dtype
-    return Pivoted((left[pivots] @ right).to(dtype), coefficients.to(dtype), order.int(), exchanges)
+    return Pivoted((left[pivots] @ right).to(dtype), coefficients.to(dtype), order.int(), exchanges, condition)
 
 
 def _strengthened(basis: Tensor, pivots: Tensor) -> tuple[Tensor, int]:

@@ -32,8 +32,9 @@ def test_rows_and_coefficients_are_the_matrix(out: int, in_: int, seed: int, dat
     pair = reference.unpivot(*found[:3])
     torch.testing.assert_close(pair.left @ pair.right, expected, rtol=1e-8, atol=1e-9)
     assert float(found.coefficients.abs().max()) <= BOUND + 1e-9 if found.coefficients.numel() else True
-    numbers = found.rows.numel() + found.coefficients.numel()
-    rank = len(found.rows)
+    numbers, rank = found.rows.numel() + found.coefficients.numel(), len(found.rows)
+    whole = torch.cat([torch.eye(rank, dtype=torch.float64), found.coefficients])
+    assert found.condition == pytest.approx(float(torch.linalg.matrix_norm(whole, ord=2)), rel=1e-6)
     assert 2 * numbers + 4 * out == reference.matrix_bytes("pifa", out, in_, rank)
 
 
