@@ -30,7 +30,7 @@ from pipeline.artifacts import artifact
 from pipeline.devices import resolve
 from pipeline.measure import evaluation_windows, load_model, load_tokenizer, text_perplexities
 from pipeline.params import load
-from pipeline.text_file import file_windows
+from pipeline.text_file import file_windows, named_file
 from spectrim.checkpoint import read_bytes
 from spectrim.errors import ConfigError, OrchestrationError, SpectrimError
 from spectrim.evaluation import quantize_model_
@@ -155,14 +155,6 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     note = "Seconds and peak memory: train_ranks, update_weights and remap; what all share (capture) is not in them."
     return "\n".join([*lines, "", note])
-
-
-def named_file(argument: str) -> tuple[str, Path]:
-    """NAME=FILE of the command line."""
-    name, separator, file = argument.partition("=")
-    if not (name and separator and file):
-        raise argparse.ArgumentTypeError(f"{argument}: write NAME=FILE")
-    return name, Path(file)
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """Any local text file -> test windows, by the protocol of `calibrate`."""
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,3 +33,11 @@ def file_windows(file: Path, tokenizer: Any, seq_len: int, n_windows: int, colum
             "give a longer text or a smaller --windows"
         )
     return torch.from_numpy(first_windows(file.stem, ids, seq_len, n_windows)).long()
+
+
+def named_file(argument: str) -> tuple[str, Path]:
+    """NAME=FILE of the command line."""
+    name, separator, file = argument.partition("=")
+    if not (name and separator and file):
+        raise argparse.ArgumentTypeError(f"{argument}: write NAME=FILE")
+    return name, Path(file)
