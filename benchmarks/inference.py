@@ -2,8 +2,8 @@
 
     python -m benchmarks.inference [--ratios 0.9 0.8 0.6 0.5 0.4] [--batches 1 8] [--contexts 32 512] [--threads 2]
 
-The model of `prepare`, dense in float32 and bfloat16, with every linear rounded to int8, and with every linear as
-factors of one uniform ratio: two products each and nothing else; then as loaded models have them, with one first
+The model of `prepare`, dense in float32 and bfloat16, with every linear rounded to int8 or int4, and with every linear
+as factors of one uniform ratio: two products each and nothing else; then as loaded models have them, with one first
 product for q/k/v and for gate/up, in float factors, pivoted rows and int8. In float32 but where bfloat16 is said. Speed
 does not depend on the numbers, so the factors are random. All take turns within one run; one JSON line per model, batch
 and context, `prefill` and `decode` relative to dense float32, above 1 is faster: over the ratios the break-even curve.
@@ -36,6 +36,7 @@ from spectrim.speed import throughput, weight_bytes
 from spectrim.stored_linear import StoredLinear, stored_tensors
 
 REFERENCE = "dense float32"
+ROUNDED_WEIGHTS: tuple[Format, ...] = ("dense_int8", "dense_int4")
 FACTORS: tuple[Format, ...] = ("float16", "pifa", "int8")
 
 
@@ -47,11 +48,12 @@ def models(device: torch.device, ratios: list[float]) -> Iterator[tuple[str, Any
     yield REFERENCE, dense
     half: Any = load_model(artifact("prepare"), device)
     yield "dense bfloat16", half.to(torch.bfloat16)
-    rounded = load_model(artifact("prepare"), device).float()
-    for name, linear in compressible_linears(rounded, exclude).items():
-        replace(rounded, name, filled(linear, "dense_int8", min(linear.weight.shape)))
-    yield "dense int8", rounded
-    yield "dense int8, bfloat16", deepcopy(rounded).to(torch.bfloat16)
+    for format in ROUNDED_WEIGHTS:
+        rounded = load_model(artifact("prepare"), device).float()
+        for name, linear in compressible_linears(rounded, exclude).items():
+            replace(rounded, name, filled(linear, format, min(linear.weight.shape)))
+        yield format, rounded
+        yield f"{format}, bfloat16", deepcopy(rounded).to(torch.bfloat16)
     for ratio in ratios:
         for format in FACTORS:
             model = factored(device, format, ratio)
@@ -99,7 +101,9 @@ def filled(linear: nn.Linear, format: Format, rank: int) -> StoredLinear:
             tensors[suffix] = (torch.randn(shape) / 30).to(dtype or linear.weight.dtype)
     kind = QuantizedLinear if format in ROUNDED else LowRankLinear
     assert format in (*FACTORED, *ROUNDED)
-    return kind.from_tensors(tensors, format, out, in_, linear.bias).to(linear.weight.device)
+    module = kind.from_tensors(tensors, format, out, in_, linear.bias).to(linear.weight.device)
+    module.lay_out(linear.weight.dtype)
+    return module
 
 
 def shown(desc: str, turns: Sequence[int]) -> Iterable[int]:

@@ -81,7 +81,7 @@ class SpectrimQuantizer(HfQuantizer):
         setattr(model, "is_quantized", False)  # noqa: B010 - nn.Module declares every attribute a tensor or a module
         for module in model.modules():
             if isinstance(module, StoredLinear):
-                module.lay_out()
+                module.lay_out(model.dtype)
         share(same_input(model))
         return model
 

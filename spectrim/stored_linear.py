@@ -129,11 +129,14 @@ class StoredLinear(nn.Module):
         module.lay_out()
         return module
 
-    def lay_out(self) -> None:
+    def lay_out(self, dtype: torch.dtype | None = None) -> None:
         """Put the factors into the order in memory that products are fastest with; values and shapes stay.
 
         torch's int8 kernel reads a weight (out, in) row by row. A float product of one row is fastest along the longer
         side: by columns where out > in, as left factors have it (measured: 1.3 to 1.8 times).
+
+        Args:
+            dtype: of the inputs to come, None where it is not known.
         """
         for name, tensor in self.named_parameters():
             if tensor.dim() != 2 or name.endswith("_scale"):

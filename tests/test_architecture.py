@@ -40,6 +40,7 @@ LEVELS = (
             "spectrim.modules",
             "spectrim.stored_linear",
             "spectrim.products",
+            "spectrim.int4_kernel",
             "spectrim.shared_input",
             "spectrim.lowrank_linear",
             "spectrim.quantized_linear",
