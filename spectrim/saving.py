@@ -29,6 +29,7 @@ from spectrim.maths.factor_rounding import round_factors
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.pivoting import pivot
 from spectrim.maths.quantization import Quantized, balance, pack_int4, principal
+from spectrim.stored_linear import stored_tensors
 
 PIVOTING = ("condition", "exchanges")
 """What ``maths.pivoting.Pivoted`` has to say of a choice of rows."""
@@ -71,9 +72,9 @@ def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16, g
     if format in ("pifa", "float16"):
         sides = {"weight": factors.right.mT, "left": factors.left}
         return Packed({name: narrow(side, dtype).contiguous() for name, side in sides.items()} | extra, facts)
-    head = min(out, in_) if format == "remap" else max(out, in_)
-    packed = _int8(factors, "weight", dtype, (min(head, len(factors.left)), min(head, in_)), gram)
-    return Packed(packed | extra, facts)
+    stored = stored_tensors(format, out, in_, len(factors.right))
+    heads = (stored["left"].shape[0], stored["weight"].shape[0])  # int8 rows of either factor
+    return Packed(_int8(factors, "weight", dtype, heads, gram) | extra, facts)
 
 
 def pack_rounded(rounded: Quantized, format: Format, residual: Factors | None = None) -> Packed:
