@@ -81,7 +81,8 @@ class SpectrimQuantizer(HfQuantizer):
         setattr(model, "is_quantized", False)  # noqa: B010 - nn.Module declares every attribute a tensor or a module
         for module in model.modules():
             if isinstance(module, StoredLinear):
-                module.lay_out(model.dtype)
+                offloaded = hasattr(module, "_hf_hook")  # accelerate puts the files' tensors into place for each call
+                module.lay_out(None if offloaded else model.dtype)
         share(same_input(model))
         return model
 

@@ -32,11 +32,15 @@ class QuantizedLinear(StoredLinear):
     right: nn.Parameter | None
     right_scale: nn.Parameter
     input_dtype: torch.dtype | None = None  # of the inputs to come
-    reordered: bool = False  # ``weight`` lies as the kernel reads it
+
+    @property
+    def reordered(self) -> bool:
+        """Whether ``weight`` lies as the kernel reads it."""
+        return self.weight.dtype == torch.uint8 and self.weight.dim() == 2
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
-        if self.reordered and x.dtype == self.input_dtype and not (torch.is_grad_enabled() and x.requires_grad):
+        if self.reordered and self._takes(x):
             y = int4_product(x, self.weight, self.weight_scale)
             y = y if self.bias is None else y + self.bias
         else:
@@ -48,8 +52,8 @@ class QuantizedLinear(StoredLinear):
     def lay_out(self, dtype: torch.dtype | None = None) -> None:
         super().lay_out(dtype)
         self.input_dtype = dtype
-        if not self.reordered and self.weight.dtype == torch.uint8 and suits(self.weight, dtype):
-            self.weight.data, self.reordered = kernel_order(self.weight.data), True
+        if self.weight.dtype == torch.uint8 and not self.reordered and suits(self.weight, dtype):
+            self.weight.data = kernel_order(self.weight.data)
 
     def dense_weight(self) -> Tensor:
         weight = self._rounded(torch.float32)
@@ -71,11 +75,15 @@ class QuantizedLinear(StoredLinear):
             values = unpack_int4(values, 2 * values.shape[-1])
         return (values.to(dtype) * self.weight_scale.to(dtype).unsqueeze(-1)).flatten(1)
 
+    def _takes(self, x: Tensor) -> bool:
+        recorded = torch.is_grad_enabled() and x.requires_grad
+        return x.dtype == torch.bfloat16 and self.weight.device.type == "cpu" and not recorded
+
     def _in_file_order(self) -> Tensor:
-        return file_order(self.weight.data) if self.reordered else self.weight
+        return file_order(self.weight.data, self.weight_scale.shape[1]) if self.reordered else self.weight
 
     def _restore(self) -> None:
-        self.weight.data, self.reordered = self._in_file_order(), False
+        self.weight.data = self._in_file_order()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self.input_dtype is None:
@@ -104,7 +112,7 @@ class QuantizedLinear(StoredLinear):
         if not self.reordered:
             return state
         parameters = {**self._parameters, "weight": nn.Parameter(self._in_file_order(), requires_grad=False)}
-        return {**state, "_parameters": parameters, "reordered": False}
+        return {**state, "_parameters": parameters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import set_module_tensor_to_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -53,7 +54,7 @@ def test_is_the_product_with_the_scaled_integers(tiles: int, groups: int, group:
     assert (found.shape, found.dtype) == ((1, rows, 16 * tiles), torch.bfloat16)
     size = x.double().abs() @ exact.abs()
     assert float((found.double() - x.double() @ exact).abs().max() / size.max()) < 1e-2
-    unordered = int4_product(x, weight, scale)  # negative control
+    unordered = int4_product(x, weight.flatten(1), scale)  # negative control
     assert float((unordered.double() - x.double() @ exact).abs().max() / size.max()) > 2e-2
 
 
@@ -62,8 +63,8 @@ def test_is_the_product_with_the_scaled_integers(tiles: int, groups: int, group:
 def test_the_order_of_a_file_comes_back_bit_for_bit(tiles: int, groups: int, seed: int) -> None:
     weight, _ = draw(seed, 16 * tiles, groups)
     ordered = kernel_order(weight)
-    assert not torch.equal(ordered, weight)
-    assert torch.equal(file_order(ordered), weight)
+    assert ordered.nbytes == weight.nbytes and not torch.equal(ordered, weight.flatten(1))
+    assert torch.equal(file_order(ordered, groups), weight)
 
 
 def test_an_order_of_larger_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,8 +76,8 @@ def test_an_order_of_larger_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -
         return (values[:, ::2] | values[:, 1::2] << 4).to(torch.uint8)
 
     monkeypatch.setattr("spectrim.int4_kernel._reordered", halves_swapped)
-    with pytest.raises(ModelError, match=r"\(128, 1, 32\) cannot be brought back .* load the model in float32"):
-        file_order(kernel_order(weight))
+    with pytest.raises(ModelError, match=r"\(128, 32\) cannot be brought back .* load the model in float32"):
+        file_order(kernel_order(weight), 1)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_the_module_is_the_same_in_memory_and_in_a_file_whatever_its_order() -> 
     module, exact = linear(torch.bfloat16)
     plain, _ = linear(torch.float32)
     assert module.reordered and not plain.reordered
-    assert module.weight.nbytes == plain.weight.nbytes and not torch.equal(module.weight, plain.weight)
+    assert module.weight.nbytes == plain.weight.nbytes and module.weight.shape != plain.weight.shape
     for other in (module, copy.deepcopy(module), _through_pickle(module)):
         assert torch.equal(other.state_dict()["weight"], plain.weight)
         torch.testing.assert_close(other.dense_weight(), exact.float())
@@ -147,3 +148,37 @@ def test_a_checkpoint_in_bfloat16_is_packed_and_saved_as_it_was(format: str, tmp
     with torch.inference_mode():
         found, expected = model(ids).logits.float(), wide(ids).logits
     assert float((found - expected).norm() / expected.norm()) < 3e-2
+
+
+def test_the_order_is_known_by_the_tensor_and_not_by_the_module() -> None:
+    """Whoever carries a weight somewhere else, as accelerate does, cannot make it compute wrong numbers."""
+    module, exact = linear(torch.bfloat16)
+    plain, _ = linear(None)
+    plain.weight = torch.nn.Parameter(module.weight.data, requires_grad=False)
+    x = torch.randn(2, IN, generator=torch.Generator().manual_seed(2))
+    for inputs in (x, x.bfloat16()):
+        expected = (inputs.double() @ exact.mT).to(inputs.dtype)
+        torch.testing.assert_close(plain(inputs), expected, rtol=2e-2, atol=2e-2)
+    with pytest.raises(ValueError, match="shape"):
+        set_module_tensor_to_device(module, "weight", "cpu", value=linear(None)[0].weight.data)
+
+
+def test_an_offloaded_model_keeps_the_order_of_its_files(tmp_path: Path) -> None:
+    build(prepare("llama", tmp_path / "dense"), tmp_path / "made", "dense_int4")
+    devices = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    devices |= {f"model.layers.{index}": "disk" if index else "cpu" for index in range(3)}
+    arguments = {"dtype": torch.bfloat16, "device_map": devices, "offload_folder": str(tmp_path / "offloaded")}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "made", **arguments)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype=torch.bfloat16)
+    ids = torch.arange(2, 22).reshape(1, 20)
+    with torch.inference_mode():
+        found, expected = model(ids).logits, plain(ids).logits
+    torch.testing.assert_close(found.float(), expected.float(), rtol=5e-2, atol=5e-2)
+
+
+def test_the_kernel_is_part_of_one_graph() -> None:
+    module, _ = linear(torch.bfloat16)
+    x = torch.randn(2, IN, generator=torch.Generator().manual_seed(4)).bfloat16()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), module(x))
