@@ -224,6 +224,20 @@ def test_presets_are_measured_beside_the_project(finished_llama: Project, tmp_pa
     assert done.returncode == 1 and "run `dvc repro capture` first" in done.stderr and not done.stdout
 
 
+def test_formats_are_measured_at_equal_ranks(finished_llama: Project, tmp_path: Path) -> None:
+    """benchmarks/formats.py stores the last run's factors in every format; the project stays as it was."""
+    project = finished_llama.copy(tmp_path / "llama")
+    shutil.copytree(tiny.REPOSITORY / "benchmarks", project.folder / "benchmarks")
+    before = tree(project.folder / "artifacts")
+    command = (sys.executable, "-m", "benchmarks.formats", "--formats", "pifa", "int8")
+    exact, pifa, int8 = [json.loads(line) for line in project.run(*command).stdout.splitlines()]
+    assert [row["format"] for row in (exact, pifa, int8)] == ["float16", "pifa", "int8"]
+    assert exact["cost"] == {"corpus": 0.0} and abs(pifa["cost"]["corpus"]) < 1e-2 > abs(int8["cost"]["corpus"])
+    assert int8["ratio"] < exact["ratio"] > pifa["ratio"]
+    assert all(row["resident_ratio"] == pytest.approx(row["ratio"], rel=0.05) for row in (exact, pifa, int8))
+    assert tree(project.folder / "artifacts") == before
+
+
 def test_a_bad_parameter_costs_nothing(finished_llama: Project, tmp_path: Path) -> None:
     project = finished_llama.copy(tmp_path / "llama")
     good = (project.folder / "params.yaml").read_text(encoding="utf-8")
