@@ -70,7 +70,7 @@ def resident_bytes(model: nn.Module, linears: Mapping[str, Any]) -> int:
     """Bytes of the tensors of these linears, biases not among them; parts of one storage count once."""
     storages = {}
     for name in linears:
-        for suffix, tensor in model.get_submodule(name).state_dict().items():
+        for suffix, tensor in model.get_submodule(name).named_parameters():
             if suffix != "bias":
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
