@@ -3,8 +3,7 @@
     min Σ_l loss(f_l, r_l)  subject to  Σ_l matrix_bytes(f_l, r_l) <= budget
 
 The losses are those that the two-sided metric predicts: of factors what their rank drops, of a rounded weight what
-rounding moved, of a residual what its rank leaves of that. Factors in int8 also lose the share ROUNDING_SHARE of what
-they keep; those of a residual keep so little that it counts as free.
+rounding moved, of a residual what its rank leaves of that. Rounding factors to int8 counts as free.
 ``knapsack.cheapest`` solves it and proves how far from the optimum the result can be.
 """
 
@@ -17,9 +16,6 @@ from spectrim.maths.allocation import choices
 from spectrim.maths.budget import FACTORED, RESIDUAL, Format, Shape, dense_bytes, matrix_bytes
 from spectrim.maths.knapsack import Choice, Ladder, cheapest
 from spectrim.maths.lowrank import discarded
-
-ROUNDING_SHARE: dict[Format, float] = {"int8": 0.0054**2, "remap": 0.0044**2, "pifa_int8": 0.0112**2}
-"""What int8 takes from the energy of the outputs that factors keep: measured, in the inputs' Gram (reports/LOG.md)."""
 
 
 class Option(NamedTuple):
@@ -44,10 +40,8 @@ def factored_options(format: Format, sigma: Tensor, shape: Shape, align: int) ->
     """
     assert format in FACTORED
     tails = discarded(sigma.double().square())
-    share = ROUNDING_SHARE.get(format, 0.0)
     ranks = [rank for (rank,) in choices([shape], format, align) if rank < min(shape)]
-    losses = {rank: float(tails[rank] + share * (tails[0] - tails[rank])) for rank in ranks}
-    return [Option(format, rank, matrix_bytes(format, *shape, rank), losses[rank]) for rank in ranks]
+    return [Option(format, rank, matrix_bytes(format, *shape, rank), float(tails[rank])) for rank in ranks]
 
 
 def rounded_options(format: Format, sigma: Tensor, shape: Shape, align: int, largest: int) -> list[Option]:

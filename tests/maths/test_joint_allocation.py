@@ -8,15 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim.errors import BudgetError
-from spectrim.maths.budget import INT8_FACTORS, ROUNDED, matrix_bytes
-from spectrim.maths.joint_allocation import (
-    ROUNDING_SHARE,
-    Option,
-    dense_option,
-    factored_options,
-    joint,
-    rounded_options,
-)
+from spectrim.maths.budget import ROUNDED, matrix_bytes
+from spectrim.maths.joint_allocation import Option, dense_option, factored_options, joint, rounded_options
 from spectrim.maths.knapsack import GAP
 
 options = st.lists(
@@ -51,11 +44,6 @@ def test_options_cost_and_lose_what_their_format_says():
     for option in factored_options("pifa", sigma, (16, 64), 4):
         assert option.bytes == matrix_bytes("pifa", 16, 64, option.rank) < 2048 and option.rank % 4 == 0
         assert option.loss == pytest.approx(tails[option.rank])
-    for format, share in ROUNDING_SHARE.items():
-        assert format in INT8_FACTORS and 0 < share < 1e-3
-        for option in factored_options(format, sigma, (16, 64), 4):
-            kept = float(sigma[: option.rank].square().sum())
-            assert option.loss == pytest.approx(tails[option.rank] + share * kept, rel=1e-12) != tails[option.rank]
     for format in ROUNDED:
         found = rounded_options(format, sigma, (16, 64), 2, largest=4)
         ranks = [2, 4] if format.endswith("residual") else [16]
