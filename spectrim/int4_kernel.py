@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from spectrim.errors import ModelError
 from spectrim.maths.quantization import pack_int4, unpack_int4
+from spectrim.products import CAPABILITY, STEP
 
 GROUPS = (32, 64, 128, 256)
 """Inputs per scale that the kernel takes."""
@@ -35,7 +36,7 @@ def suits(weight: Tensor, dtype: torch.dtype | None) -> bool:
     return (
         dtype == torch.bfloat16
         and weight.device.type == "cpu"
-        and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        and CAPABILITY in STEP
         and 2 * weight.shape[2] in GROUPS
         and weight.shape[0] % ROWS == 0
     )
@@ -61,7 +62,7 @@ def file_order(weight: Tensor, groups: int) -> Tensor:
     if not torch.equal(kernel_order(restored), ordered):
         raise ModelError(
             f"a four-bit weight {tuple(weight.shape)} cannot be brought back into a file's order on this processor "
-            f"({torch.backends.cpu.get_cpu_capability()}); load the model in float32"
+            f"({CAPABILITY}); load the model in float32"
         )
     return restored.to(weight.device)
 

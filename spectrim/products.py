@@ -15,6 +15,9 @@ from torch.nn import functional
 FEW = 16
 """Rows up to which reading the weights takes longer than multiplying them."""
 
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+"""Of this processor; asked once, for it is part of every product, and no graph can be compiled that asks."""
+
 STEP = {"AVX2": 8, "AVX512": 32}
 """Inputs that torch's kernel takes at once; it reads beyond the end of a row that they do not divide."""
 
@@ -32,7 +35,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor
         return product(x.float(), weight, scale, None if bias is None else bias.float()).to(x.dtype)
     if scale is None:
         return functional.linear(x, weight.to(x.dtype), bias)
-    if 0 < rows <= FEW and _suits_kernel(x):
+    if 0 < rows <= FEW and suits_kernels(x) and x.shape[-1] % STEP[CAPABILITY] == 0:
         y: Tensor = torch._weight_int8pack_mm(x.reshape(rows, -1).contiguous(), weight.contiguous(), scale.to(x.dtype))
         y = y.reshape(*x.shape[:-1], len(weight))
     elif x.dtype == torch.float16:  # whose largest number a sum over integers exceeds
@@ -42,16 +45,11 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor
     return y if bias is None else y + bias
 
 
-def _suits_kernel(x: Tensor) -> bool:
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
-        return False
-    step = STEP.get(torch.backends.cpu.get_cpu_capability())
-    return step is not None and x.shape[-1] % step == 0
+def suits_kernels(x: Tensor) -> bool:
+    """Whether torch's CPU kernels for packed integers take ``x``: they are for bfloat16, and give no gradient."""
+    recorded = torch.is_grad_enabled() and x.requires_grad
+    return CAPABILITY in STEP and x.dtype == torch.bfloat16 and x.device.type == "cpu" and not recorded
 
 
 def _lacks_16_bit_products(x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype.itemsize == 2
-        and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    )
+    return x.device.type == "cpu" and x.dtype.itemsize == 2 and CAPABILITY in ("DEFAULT", "AVX2")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectrim.int4_kernel import file_order, int4_product, kernel_order, suits
 from spectrim.maths.budget import ROUNDED
 from spectrim.maths.quantization import dequantize_int8, unpack_int4
-from spectrim.products import product
+from spectrim.products import product, suits_kernels
 from spectrim.stored_linear import StoredLinear
 
 
@@ -40,7 +40,7 @@ class QuantizedLinear(StoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
-        if self.reordered and self._takes(x):
+        if self.reordered and suits_kernels(x):
             y = int4_product(x, self.weight, self.weight_scale)
             y = y if self.bias is None else y + self.bias
         else:
@@ -74,10 +74,6 @@ class QuantizedLinear(StoredLinear):
         if values.dtype == torch.uint8:
             values = unpack_int4(values, 2 * values.shape[-1])
         return (values.to(dtype) * self.weight_scale.to(dtype).unsqueeze(-1)).flatten(1)
-
-    def _takes(self, x: Tensor) -> bool:
-        recorded = torch.is_grad_enabled() and x.requires_grad
-        return x.dtype == torch.bfloat16 and self.weight.device.type == "cpu" and not recorded
 
     def _in_file_order(self) -> Tensor:
         return file_order(self.weight.data, self.weight_scale.shape[1]) if self.reordered else self.weight
