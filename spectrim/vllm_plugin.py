@@ -75,7 +75,7 @@ class FusedLinear(nn.Module):
             raise ModelError(
                 f"{', '.join(matrices)}: a layer of {len(sizes)} parts in vLLM, which must be these; use transformers"
             )
-        self.names, self.parts = list(matrices), nn.ModuleList()
+        self.names, self.parts, self.dtype = list(matrices), nn.ModuleList(), dtype
         self.dtypes: dict[str, set[torch.dtype]] = {}
         for size, (name, matrix) in zip(sizes, matrices.items(), strict=True):
             format, rank = matrix or Matrix("dense", 1)
@@ -115,7 +115,7 @@ class FusedLinear(nn.Module):
         """As transformers' loading does: the order in memory that products read, one first product for all parts."""
         for part in self.parts:
             if isinstance(part, StoredLinear):
-                part.lay_out()
+                part.lay_out(self.dtype)
         share([list(self.parts)])
 
 
