@@ -74,7 +74,7 @@ def weight_bytes(model: nn.Module) -> int:
 def n_parameters(model: nn.Module) -> int:
     """Numbers that a checkpoint of the model holds: weights, biases, factors and scales; tied ones count once."""
     # not by storage: parts of one tensor, as q/k/v share, are as many as they are
-    tensors = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
+    tensors = {tensor.data_ptr(): tensor.numel() for tensor in model.parameters()}
     return sum(tensors.values())
 
 
