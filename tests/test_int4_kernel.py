@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from spectrim.checkpoint import Matrix
 from spectrim.errors import ModelError
 from spectrim.int4_kernel import BLOCK, file_order, int4_product, kernel_order, suits
 from spectrim.maths.quantization import unpack_int4
 from spectrim.quantized_linear import QuantizedLinear
+from spectrim.vllm_plugin import FusedLinear
 from tests.checkpoints import build, prepare
 
 pytestmark = pytest.mark.skipif(
@@ -182,3 +184,16 @@ def test_the_kernel_is_part_of_one_graph() -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
         assert torch.equal(compiled(x), module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_of_vllm_keeps_them_in_the_order_of_its_dtype(dtype: torch.dtype) -> None:
+    weight, scale = draw(3, OUT, IN // GROUP)
+    layer = FusedLinear({"up_proj": Matrix("dense_int4", OUT)}, IN, [OUT], torch.float16, dtype)
+    for suffix, tensor in {"weight": weight, "weight_scale": scale}.items():
+        layer.load(suffix, torch.empty(0), tensor)
+    layer.lay_out()
+    assert layer.parts[0].reordered == (dtype == torch.bfloat16)
+    x = torch.randn(2, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = x.double() @ expanded(weight, scale).mT
+    torch.testing.assert_close(layer(x).double(), exact, atol=0.02, rtol=0.02)

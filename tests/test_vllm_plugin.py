@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM
 from spectrim import vllm_plugin
 from spectrim.checkpoint import Matrix, read_config
 from spectrim.errors import CheckpointError, ModelError
-from spectrim.products import CAPABILITY, STEP
 from spectrim.vllm_plugin import FusedLinear, part_names, register
 from tests import tiny
 from tests.checkpoints import FORMATS, RANK, build, packed_weight, prepare, stored_linear
@@ -95,20 +94,6 @@ def test_a_layer_from_the_files_computes_what_transformers_does(format: str, che
     x = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(1))
     assert not layer.missing
     torch.testing.assert_close(layer(x), torch.cat([module(x) for module in modules], -1))
-
-
-@pytest.mark.skipif(CAPABILITY not in STEP, reason="torch has no kernel for this processor")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_four_bit_weights_lie_as_the_kernel_of_the_dtype_reads_them(dtype: torch.dtype) -> None:
-    stored = packed_weight(torch.randn(96, 128), "dense_int4", torch.float16).tensors
-    layer = FusedLinear({"up_proj": Matrix("dense_int4", 96)}, 128, [96], torch.float16, dtype)
-    for suffix, tensor in stored.items():
-        layer.load(suffix, torch.empty(0), tensor)
-    x = torch.randn(2, 128).to(dtype)
-    expected = layer(x)
-    layer.lay_out()
-    assert layer.parts[0].reordered == (dtype == torch.bfloat16)
-    torch.testing.assert_close(layer(x), expected, atol=0.05, rtol=0.02)
 
 
 def test_the_only_part_of_a_layer_needs_no_shard() -> None:
