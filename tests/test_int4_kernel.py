@@ -17,13 +17,12 @@ from spectrim.checkpoint import Matrix
 from spectrim.errors import ModelError
 from spectrim.int4_kernel import BLOCK, file_order, int4_product, kernel_order, suits
 from spectrim.maths.quantization import unpack_int4
+from spectrim.products import CAPABILITY, STEP
 from spectrim.quantized_linear import QuantizedLinear
 from spectrim.vllm_plugin import FusedLinear
 from tests.checkpoints import build, prepare
 
-pytestmark = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="the kernel wants AVX2 or AVX512"
-)
+pytestmark = pytest.mark.skipif(CAPABILITY not in STEP, reason="the kernel wants AVX2 or AVX512")
 OUT, IN, GROUP = 48, 128, 64
 
 
