@@ -1,6 +1,6 @@
 """Training-free factors against the reference table of the design: one JSON object per method and ratio.
 
-Protocol: calibration 64 × 1,024 tokens, gradient Grams from 32 × 512 of them (the defaults of params.yaml, captured by
+Protocol: calibration 64 × 1,024 tokens, gradient Grams from 64 × 512 of them (the defaults of params.yaml, captured by
 `dvc repro capture`); test 16 contiguous windows of 1,024 tokens of FILE taken as one text; all linears inside the
 blocks; factors in full precision; uniform means rank = int(ratio·mn/(m+n)), unaligned.
 
