@@ -23,9 +23,8 @@ def seconds_per_step(method: Literal["gates", "dobi"], steps: int, seq_len: int)
     """Median seconds of a step after the first, one window of ``seq_len`` tokens per step."""
     params = load()
     settings = replace(params.train_ranks, method=method, steps=steps + 1, seq_len=seq_len, batch_size=1)
-    search = RankSearch(
-        artifact("prepare"), artifact("capture"), params.compression, settings, resolve(params.runtime.device), {}
-    )
+    device = resolve(params.runtime.device)
+    search = RankSearch(artifact("prepare"), artifact("capture"), params.compression, settings, device, {}, {})
     curve: list[Step] = []
     windows = load_windows(artifact("calibrate") / "calibration.parquet")[:, :seq_len]
     search.train(windows, {"uniform": search.uniform(), "fisher": search.fisher()}, curve)

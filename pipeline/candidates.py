@@ -49,6 +49,7 @@ class RankSearch:
 
     Args:
         lost: number of bits -> linear -> the spectrum of what rounding its weight to them lost; for the alternatives.
+        storage_losses: format with int8 factors -> linear -> what rounding them loses; likewise.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class RankSearch:
         settings: TrainRanks,
         device: torch.device,
         lost: Mapping[int, Mapping[str, Tensor]],
+        storage_losses: Mapping[Format, Mapping[str, float]],
     ) -> None:
-        self.lost = lost
+        self.lost, self.storage_losses = lost, storage_losses
         self.captured, self.shared, self.settings, self.device = captured, shared, settings, device
         self.model = load_model(prepared, device).requires_grad_(False)
         self.blocks = linears_by_block(self.model, shared.exclude)
@@ -118,7 +120,8 @@ class RankSearch:
         options = [joint_allocation.dense_option(shape)]
         for format in dict.fromkeys(allowed):
             if format in budget.FACTORED:
-                options += joint_allocation.factored_options(format, sigma, shape, align)
+                rounded = self.storage_losses[format][name] if format in budget.INT8_FACTORS else 0.0
+                options += joint_allocation.factored_options(format, sigma, shape, align, rounded)
             elif name in (lost := self.lost[budget.ROUNDED[format]]):
                 largest = rounding.largest_rank(shape)
                 options += joint_allocation.rounded_options(format, lost[name], shape, align, largest)

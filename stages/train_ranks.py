@@ -15,6 +15,7 @@ from pipeline.candidates import RankSearch
 from pipeline.console import run
 from pipeline.devices import resolve
 from pipeline.params import load
+from pipeline.storage_losses import storage_losses
 from pipeline.texts import load_windows
 from spectrim.rank_training import Step
 
@@ -26,7 +27,8 @@ def main() -> None:
     device, shared = resolve(params.runtime.device), params.compression
     rounded = rounding.rounded_blocks(params, shared.alternatives, device)
     lost = {n_bits: rounding.spectra(files) for n_bits, files in rounded.items()}
-    search = RankSearch(artifact("prepare"), artifact("capture"), shared, settings, device, lost)
+    stored = storage_losses(params, [shared.format, *shared.alternatives] if shared.alternatives else [], device)
+    search = RankSearch(artifact("prepare"), artifact("capture"), shared, settings, device, lost, stored)
     proposals = {
         "uniform": search.uniform,
         "svd_llm_v2": search.svd_llm_v2,

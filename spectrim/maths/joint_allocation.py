@@ -3,8 +3,8 @@
     min Σ_l loss(f_l, r_l)  subject to  Σ_l matrix_bytes(f_l, r_l) <= budget
 
 The losses are those that the two-sided metric predicts: of factors what their rank drops, of a rounded weight what
-rounding moved, of a residual what its rank leaves of that. Rounding factors to int8 counts as free.
-``knapsack.cheapest`` solves it and proves how far from the optimum the result can be.
+rounding moved, of a residual what its rank leaves of that. What rounding factors to int8 adds is counted, but for those
+of a residual. ``knapsack.cheapest`` solves it and proves how far from the optimum the result can be.
 """
 
 from collections.abc import Sequence
@@ -32,14 +32,15 @@ def dense_option(shape: Shape) -> Option:
     return Option("dense", min(shape), dense_bytes(*shape), 0.0)
 
 
-def factored_options(format: Format, sigma: Tensor, shape: Shape, align: int) -> list[Option]:
+def factored_options(format: Format, sigma: Tensor, shape: Shape, align: int, rounding: float) -> list[Option]:
     """Every aligned rank of a format in FACTORED that is cheaper than the dense weight.
 
     Args:
         sigma: (min(out, in),) of ``two_sided(W)``.
+        rounding: what storing factors in ``format`` loses at any rank, in the unit of σ².
     """
     assert format in FACTORED
-    tails = discarded(sigma.double().square())
+    tails = discarded(sigma.double().square()) + rounding
     ranks = [rank for (rank,) in choices([shape], format, align) if rank < min(shape)]
     return [Option(format, rank, matrix_bytes(format, *shape, rank), float(tails[rank])) for rank in ranks]
 

@@ -41,9 +41,12 @@ def test_options_cost_and_lose_what_their_format_says():
     sigma = torch.linspace(4, 1, 16, dtype=torch.float64)
     tails = [float(sigma[rank:].square().sum()) for rank in range(17)]
     assert dense_option((16, 64)) == Option("dense", 16, 2048, 0.0)
-    for option in factored_options("pifa", sigma, (16, 64), 4):
-        assert option.bytes == matrix_bytes("pifa", 16, 64, option.rank) < 2048 and option.rank % 4 == 0
-        assert option.loss == pytest.approx(tails[option.rank])
+    for format, rounding in (("pifa", 0.0), ("pifa_int8", 0.5)):
+        found = factored_options(format, sigma, (16, 64), 4, rounding)
+        assert found
+        for option in found:
+            assert option.bytes == matrix_bytes(format, 16, 64, option.rank) < 2048 and option.rank % 4 == 0
+            assert option.loss == pytest.approx(tails[option.rank] + rounding)
     for format in ROUNDED:
         found = rounded_options(format, sigma, (16, 64), 2, largest=4)
         ranks = [2, 4] if format.endswith("residual") else [16]
