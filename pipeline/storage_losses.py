@@ -17,8 +17,9 @@ from pipeline.layers import LayerTask, run_layers
 from pipeline.params import Params
 from pipeline.spectra_file import Tokens, read_tokens
 from pipeline.store import LayerStore, code_digest, key
-from spectrim import capture, lowrank_linear, saving, storage_loss
-from spectrim.maths import compensation, factor_rounding, pivoting, quantization
+from spectrim import capture, lowrank_linear, saving, storage_loss, stored_linear
+from spectrim.errors import NumericalError
+from spectrim.maths import compensation, factor_rounding, pivoting, quantization, whitening
 from spectrim.maths.budget import INT8_FACTORS, Format
 from spectrim.maths.lowrank import Factors
 
@@ -32,14 +33,16 @@ def storage_losses(params: Params, formats: Iterable[Format], device: torch.devi
 
 def _losses(params: Params, format: Format, device: torch.device) -> dict[str, float]:
     code = code_digest(
-        capture, lowrank_linear, saving, storage_loss, compensation, factor_rounding, pivoting, quantization
-    )
-    tokens = read_tokens(artifact("capture"))
+        capture, lowrank_linear, saving, storage_loss, stored_linear, compensation, factor_rounding, pivoting,
+        quantization, whitening,
+    )  # fmt: skip
+    tokens, half = read_tokens(artifact("capture")), saving.half_dtype(artifact("prepare"))
     tasks = []
     for index, file in enumerate(sorted((artifact("capture") / "factors").glob("*.safetensors"))):
         files = [artifact("capture") / kind / file.name for kind in ("inputs", "gradients", "factors")]
-        name = key("storage loss", format, list(tokens), str(device), code, [sha256_file(part) for part in files])
-        tasks.append(LayerTask(file.stem, name, partial(_write, index, format, tokens, device)))
+        identity = (code, [sha256_file(part) for part in files], list(tokens), str(half), str(device))
+        name = key("storage loss", file.stem, format, *identity)
+        tasks.append(LayerTask(f"block {file.stem}", name, partial(_write, index, format, half, tokens, device)))
     entries = run_layers(f"rounding to {format}", tasks, params.runtime, LayerStore())
     found: dict[str, float] = {}
     for folder in entries.values():
@@ -47,15 +50,18 @@ def _losses(params: Params, format: Format, device: torch.device) -> dict[str, f
     return found
 
 
-def _write(index: int, format: Format, tokens: Tokens, device: torch.device, folder: Path) -> None:
-    captured = artifact("capture")
-    stored = load_file(captured / "factors" / f"{index:03}.safetensors", device=str(device))
+def _write(index: int, format: Format, half: torch.dtype, tokens: Tokens, device: torch.device, folder: Path) -> None:
+    captured, file = artifact("capture"), f"{index:03}.safetensors"
+    stored = load_file(captured / "factors" / file, device=str(device))
     losses = {}
-    for name in [name.removeprefix("left.") for name in stored if name.startswith("left.")]:
+    for name in capture.inputs_of(captured / "inputs" / file):
         rank = max(1, stored[f"left.{name}"].shape[1] // SHARE)
         factors = Factors(stored[f"left.{name}"][:, :rank], stored[f"right.{name}"][:rank])
         gram = capture.gram_of(captured, index, name).to(device) / tokens.inputs
         gradient_gram = capture.gradient_gram_of(captured, index, name).to(device) / tokens.gradients
-        loss = storage_loss.storage_loss(factors, format, gram, gradient_gram)
+        try:
+            loss = storage_loss.storage_loss(factors, format, half, gram, gradient_gram)
+        except NumericalError as error:
+            raise NumericalError(f"{name}: {error}") from None
         losses[name] = torch.tensor([loss], dtype=torch.float64)
     save_file(losses, folder / "losses.safetensors")

@@ -4,36 +4,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectrim.lowrank_linear import LowRankLinear
 from spectrim.maths.budget import INT8_FACTORS, Format
 from spectrim.maths.lowrank import Factors, truncate, two_sided
 from spectrim.saving import pack
 from spectrim.storage_loss import storage_loss
-from tests import reference
+from tests.checkpoints import stored_linear
+from tests.test_rounding import drawn
 
 
 def decomposed(out: int, in_: int) -> tuple[Tensor, Tensor, Tensor, Factors, Tensor]:
     """A weight, G, D, its two-sided factors at half the rank in float32 and the energies of all directions."""
-    weight, x = reference.draw(0, out, in_, 4 * in_)
-    _, g = reference.draw(2, 1, out, 3 * out)
-    gram, gradient_gram = reference.gram(x), reference.gram(g * torch.linspace(0.1, 3, out, dtype=torch.float64))
+    weight, gram, gradient_gram = drawn(out, in_)
     found = two_sided(weight, gram, gradient_gram)
     left, right = truncate(found, min(out, in_) // 2)
     return weight, gram, gradient_gram, Factors(left.float(), right.float()), found.sigma.square()
-
-
-def dense(factors: Factors, format: Format, gram: Tensor) -> Tensor:
-    shape = len(factors.left), factors.right.shape[1]
-    module = LowRankLinear.from_tensors(pack(factors, format, gram=gram).tensors, format, *shape, None)
-    return module.dense_weight().double()
 
 
 @pytest.mark.parametrize("format", INT8_FACTORS)
 @pytest.mark.parametrize(("out", "in_"), [(24, 40), (40, 24)])
 def test_it_is_the_norm_in_the_metric_and_adds_to_what_the_rank_drops(format: Format, out: int, in_: int) -> None:
     weight, gram, gradient_gram, factors, energy = decomposed(out, in_)
-    loss = storage_loss(factors, format, gram, gradient_gram)
-    stored = dense(factors, format, gram)
+    loss = storage_loss(factors, format, torch.float16, gram, gradient_gram)
+    packed = pack(factors, format, torch.float16, gram).tensors
+    stored = stored_linear(packed, format, (out, in_)).dense_weight().double()
 
     def norm(error: Tensor) -> float:
         above, below = (torch.linalg.cholesky(side) for side in (gradient_gram, gram))
@@ -46,6 +39,6 @@ def test_it_is_the_norm_in_the_metric_and_adds_to_what_the_rank_drops(format: Fo
 
 def test_sixteen_bits_lose_next_to_nothing_and_eight_bits_do_not() -> None:
     _, gram, gradient_gram, factors, _ = decomposed(24, 40)
-    sixteen = storage_loss(factors, "pifa", gram, gradient_gram)
-    eight = storage_loss(factors, "pifa_int8", gram, gradient_gram)
+    sixteen = storage_loss(factors, "pifa", torch.float16, gram, gradient_gram)
+    eight = storage_loss(factors, "pifa_int8", torch.float16, gram, gradient_gram)
     assert 0 < 100 * sixteen < eight
