@@ -39,9 +39,9 @@ class Truncated(nn.Module):
     Linears tied to one rank share θ: k, the ``reach``, is then their largest full rank and s their mean.
     """
 
-    def __init__(self, full_rank: int, bias: Tensor | None) -> None:
+    def __init__(self, full_rank: int, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.fraction = nn.Parameter(torch.ones(()))
+        self.fraction = nn.Parameter(torch.ones((), device=weight.device))
         self.full_rank, self.bias, self.beta, self.open = full_rank, bias, 1.0, False
         self.reach: float = full_rank
         self.pivoted: float | None = None
@@ -73,7 +73,7 @@ class GatedLinear(Truncated):
     """
 
     def __init__(self, factors: Factors, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(factors.right.shape[0], bias)
+        super().__init__(factors.right.shape[0], weight, bias)
         for name, tensor in (("left", factors.left), ("right", factors.right), ("weight", weight.detach())):
             self.register_buffer(name, tensor, persistent=False)
         self.rank: int | None = None
@@ -97,7 +97,7 @@ class TruncatedActivation(Truncated):
     """
 
     def __init__(self, original: nn.Linear, terms: int, threshold: float) -> None:
-        super().__init__(min(original.weight.shape), original.bias)
+        super().__init__(min(original.weight.shape), original.weight, original.bias)
         self.register_buffer("weight", original.weight.detach(), persistent=False)
         self.terms, self.threshold = terms, threshold
 

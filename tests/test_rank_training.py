@@ -58,6 +58,13 @@ def test_hard_rank_is_the_limit_of_the_gate() -> None:
     torch.testing.assert_close(gated(x), x @ weight.T + gated.bias, rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_trained_is_where_the_weight_is() -> None:
+    linear = torch.nn.Linear(4, 3, device="meta")
+    factors = Factors(torch.empty(3, 3, device="meta"), torch.empty(3, 4, device="meta"))
+    for module in (GatedLinear(factors, linear.weight, linear.bias), TruncatedActivation(linear, 10, 1e-2)):
+        assert {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} == {"meta"}
+
+
 @pytest.mark.parametrize("pivoted", [False, True])
 @pytest.mark.parametrize("method", ["gates", "dobi"])
 def test_training_keeps_the_budget_and_lowers_the_loss(method: str, pivoted: bool) -> None:
