@@ -41,6 +41,7 @@ LEVELS = (
             "spectrim.stored_linear",
             "spectrim.products",
             "spectrim.int4_kernel",
+            "spectrim.int8_kernel",
             "spectrim.shared_input",
             "spectrim.lowrank_linear",
             "spectrim.quantized_linear",

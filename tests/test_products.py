@@ -1,5 +1,8 @@
 """Products with weights that stay int8: the same numbers on every path, and no path where it does not hold."""
 
+import os
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,3 +65,40 @@ def test_gradients_reach_the_input(dtype: torch.dtype) -> None:
 def test_no_rows_give_no_rows(dtype: torch.dtype) -> None:
     values, scale, _ = draw(0, 16, 32)
     assert product(torch.ones(2, 0, 32, dtype=dtype), values, scale).shape == (2, 0, 16)
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own CPU interpreter, which needs no GPU
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None or not (torch.cuda.is_available() or INTERPRETED),
+    reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
+)
+
+
+def on_gpu(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    from spectrim.int8_kernel import int8_product
+
+    device = "cpu" if INTERPRETED else "cuda"
+    return int8_product(x.to(device), weight.to(device), scale.to(device)).cpu()
+
+
+@needs_triton
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 70), st.integers(1, 300), st.sampled_from([1, 2, 17, 40]), st.booleans())
+def test_the_gpu_kernel_is_the_product_with_the_scaled_integers(
+    out: int, in_: int, rows: int, transposed: bool
+) -> None:
+    values, scale, _ = draw(out + in_, out, in_)
+    x = torch.randn(1, rows, in_, generator=torch.Generator().manual_seed(in_)).half()
+    found = on_gpu(x, values.mT.contiguous().mT if transposed else values, scale)
+    exact = (values * scale.double()[:, None]).mT
+    expected, size = x.double() @ exact, x.double().abs() @ exact.abs()
+    assert (found.shape, found.dtype) == ((1, rows, out), torch.float16)
+    assert worst(found, expected, size) < TOLERANCE[torch.float16]
+
+
+@needs_triton
+def test_the_gpu_kernel_sums_without_overflow_and_scales_each_row() -> None:
+    values, scale = torch.full((2, 1024), 127, dtype=torch.int8), torch.tensor([1e-3, 2e-3])
+    x = torch.ones(1, 1024, dtype=torch.float16)
+    torch.testing.assert_close(on_gpu(x, values, scale), torch.tensor([[130.048, 260.096]]).half(), rtol=2e-3, atol=0)
+    assert not on_gpu(x, values, torch.ones(2)).isfinite().any()  # negative control: beyond float16 without the scales
