@@ -4,9 +4,10 @@
 
 The model of `prepare`, dense in float32 and bfloat16, with every linear rounded to int8 or int4, and with every linear
 as factors of one uniform ratio: two products each and nothing else; then as loaded models have them, with one first
-product for q/k/v and for gate/up, in float factors, pivoted rows and int8. In float32 but where bfloat16 is said. Speed
-does not depend on the numbers, so the factors are random. All take turns within one run; one JSON line per model, batch
-and context, `prefill` and `decode` relative to dense float32, above 1 is faster: over the ratios the break-even curve.
+product for q/k/v and for gate/up, in float factors, pivoted rows and int8. In float32 but where bfloat16 is said: on a
+GPU all factors are. Speed does not depend on the numbers, so the factors are random. All take turns within one run; one
+JSON line per model, batch and context, `prefill` and `decode` relative to dense float32, above 1 is faster: over the
+ratios the break-even curve.
 """
 
 import argparse
@@ -54,21 +55,23 @@ def models(device: torch.device, ratios: list[float]) -> Iterator[tuple[str, Any
             replace(rounded, name, filled(linear, format, min(linear.weight.shape)))
         yield format, rounded
         yield f"{format}, bfloat16", deepcopy(rounded).to(torch.bfloat16)
+    dtype, kind = (torch.bfloat16, ", bfloat16") if device.type == "cuda" else (torch.float32, "")
     for ratio in ratios:
         for format in FACTORS:
-            model = factored(device, format, ratio)
+            model = factored(device, format, ratio, dtype)
             if format == "float16":
-                yield f"two products {ratio:g}", as_two_linears(deepcopy(model))
+                yield f"two products {ratio:g}{kind}", as_two_linears(deepcopy(model))
             share(same_input(model))
-            yield f"{format} {ratio:g}", model
-            if format == "int8":
+            yield f"{format} {ratio:g}{kind}", model
+            if format == "int8" and dtype == torch.float32:
                 yield f"int8 {ratio:g}, bfloat16", deepcopy(model).to(torch.bfloat16)
 
 
-def factored(device: torch.device, format: Format, ratio: float) -> Any:
+def factored(device: torch.device, format: Format, ratio: float, dtype: torch.dtype) -> Any:
     """The model with every linear in random factors of one ratio, or dense where they cost as much."""
     params = load()
-    model = load_model(artifact("prepare"), device).float()
+    model: Any = load_model(artifact("prepare"), device)
+    model = model.to(dtype)
     linears = compressible_linears(model, params.compression.exclude)
     shapes = [(linear.out_features, linear.in_features) for linear in linears.values()]
     ranks = uniform(shapes, ratio, format, params.compression.align)

@@ -4,8 +4,8 @@
 
 Few rows are bound by how fast weights are read, and nothing that torch keeps for this comes close. Microseconds of one
 row / 16 rows by a weight of 4096 x 4096, on an H200 in bfloat16 (`benchmarks/products.py`): `torch._weight_int8pack_mm`
-161 / 619, expanded in the call 60 / 61, expanded in compiled code 26 / 26, this kernel 12.7 / 12.2, dense bfloat16
-14.2 / 14.2. At 64 rows it takes a third of expanding's time, at 256 as long.
+163 / 624, expanded in the call 59 / 61, expanded in compiled code 26 / 26, this kernel 13.4 / 13.2, dense bfloat16
+13.7 / 14.4. At 64 rows it takes a third of expanding's time, at 256 as long.
 """
 
 import torch
