@@ -13,13 +13,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.benchmark import Timer
 
 from pipeline.devices import resolve
 from pipeline.params import load
@@ -28,7 +27,7 @@ from spectrim.products import product
 
 BYTES = 120_000_000
 """Of int8 weights that take turns: more than the second-level cache of any GPU or CPU."""
-MOST, REPEATS, GROUP = 60, 5, 64
+MOST, GROUP, SECONDS = 60, 64, 0.2
 
 Run = Callable[[Tensor, Any, Any], Tensor]
 
@@ -60,28 +59,21 @@ def int4_weights(count: int, out: int, in_: int, device: torch.device) -> tuple[
 
 
 def microseconds(run: Run, arguments: Sequence[tuple[Tensor, Any, Any]]) -> float:
-    """Median time of a call over ``REPEATS`` rounds through all ``arguments``."""
-    for one in arguments[:2]:
-        run(*one)
-    device = arguments[0][0].device
-    if device.type == "cpu":
-        return 1e6 * median(_round(lambda: [run(*one) for one in arguments]) for _ in range(REPEATS)) / len(arguments)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    """Median time of a call, over rounds through all ``arguments``."""
+
+    def work() -> None:
         for one in arguments:
             run(*one)
-    graph.replay()
-    return 1e6 * median(_round(graph.replay) for _ in range(REPEATS)) / len(arguments)
 
-
-def _round(work: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = perf_counter()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return perf_counter() - start
+    replay: Callable[[], Any] = work
+    if arguments[0][0].device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        replay = graph.replay
+    timer = Timer("replay()", globals={"replay": replay}, num_threads=torch.get_num_threads())
+    return 1e6 * timer.blocked_autorange(min_run_time=SECONDS).median / len(arguments)
 
 
 def timed(name: str, run: Run, x: Tensor, weights: Sequence[Tensor], scale: Any, exact: Tensor) -> float:

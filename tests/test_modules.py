@@ -220,3 +220,12 @@ def test_gradients_reach_the_factors_and_int8_stays_fixed() -> None:
 def test_impossible_modules_are_refused(rank: int, format: Format) -> None:
     with pytest.raises(ModelError, match=r"rank|is not one of LowRankLinear"):
         LowRankLinear(40, 24, rank, format, bias=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("format", FORMATS)
+def test_cuda_agrees_with_cpu(format: Format) -> None:
+    module = module_of(format, 40, 24)
+    x = torch.randn(3, 24)
+    expected = module(x)
+    torch.testing.assert_close(module.to("cuda")(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
