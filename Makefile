@@ -9,7 +9,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv repro flow preset test lint ci-report lock clean
+.PHONY: help .venv repro flow preset test deps lint ci-report lock clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z.-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F '\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -26,7 +26,7 @@ help: ## show the targets
 	@touch $@
 
 repro: .venv/.installed ## the compressed model and its report, from params.yaml; runs only what changed
-	@python -m pipeline.params # DVC removes a stage's output before the stage can refuse a value
+	@python -m pipeline.config.params # DVC removes a stage's output before the stage can refuse a value
 	dvc repro
 
 flow: .venv/.installed ## the same under Prefect, with its UI
@@ -34,19 +34,23 @@ flow: .venv/.installed ## the same under Prefect, with its UI
 
 preset: .venv/.installed ## NAME=dobi-svd: the values of a published method into params.yaml, see presets/
 	$(if $(NAME),,$(error name a preset, make preset NAME=dobi-svd; there are: $(sort $(notdir $(basename $(wildcard presets/*.yaml))))))
-	@python -m pipeline.preset $(NAME)
+	@python -m pipeline.config.preset $(NAME)
 
 test: .venv/.installed ## the whole test suite, one file per core at a time
 	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile
 
-lint: .venv/.installed ## style and types
+deps: .venv/.installed ## the code that each stage executes, into dvc.yaml
+	@python -m pipeline.deps
+
+lint: .venv/.installed ## style, types, and the code that dvc.yaml names
 	ruff check
 	ruff format --check
 	mypy
+	@python -m pipeline.deps --check
 
 ci-report: .venv/.installed ## BASE=REV: ci-report.md, this commit compared with REV
 	$(if $(BASE),,$(error name the commit to compare with: make ci-report BASE=REV))
-	python -m pipeline.ci_report --base "$(BASE)" --out ci-report.md
+	python -m pipeline.report.ci_report --base "$(BASE)" --out ci-report.md
 
 lock: ## requirements.lock anew, from the newest versions that pyproject.toml allows
 	rm -rf .venv-lock

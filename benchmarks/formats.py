@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import packing
-from pipeline.artifacts import artifact, read_json
-from pipeline.console import progress
-from pipeline.devices import resolve
-from pipeline.measure import evaluation_windows, load_model, load_tokenizer, text_perplexities
-from pipeline.params import load
-from pipeline.text_file import file_windows, named_file
-from spectrim.capture import gram_of
-from spectrim.checkpoint import Matrix
+from pipeline.config.params import load
+from pipeline.data.text_file import file_windows, named_file
+from pipeline.runtime.artifacts import artifact, read_json
+from pipeline.runtime.devices import resolve
+from pipeline.runtime.progress import progress
+from pipeline.steps import packing
+from pipeline.steps.measure import evaluation_windows, load_model, load_tokenizer, text_perplexities
+from spectrim.checkpoint.layout import Matrix
+from spectrim.checkpoint.saving import assemble, half_dtype
+from spectrim.compression.statistics import gram_of
 from spectrim.errors import ConfigError, SpectrimError
 from spectrim.maths.budget import FACTORED, Format
-from spectrim.saving import assemble, half_dtype
 
 SEQ_LEN, FILE_WINDOWS = 1024, 16
 EXACT: Format = "float16"

@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifacts import artifact
-from pipeline.console import progress
-from pipeline.devices import resolve
-from pipeline.measure import load_model
-from pipeline.params import load
+from pipeline.config.params import load
+from pipeline.runtime.artifacts import artifact
+from pipeline.runtime.devices import resolve
+from pipeline.runtime.progress import progress
+from pipeline.steps.measure import load_model
 from spectrim.errors import SpectrimError
-from spectrim.lowrank_linear import LowRankLinear
+from spectrim.evaluation.speed import throughput, weight_bytes
+from spectrim.formats.lowrank_linear import LowRankLinear
+from spectrim.formats.quantized_linear import QuantizedLinear
+from spectrim.formats.shared_input import share
+from spectrim.formats.stored_linear import StoredLinear, stored_tensors
 from spectrim.maths.allocation import uniform
 from spectrim.maths.budget import FACTORED, ROUNDED, Format, resolve_format
-from spectrim.modules import compressible_linears, replace, same_input
-from spectrim.quantized_linear import QuantizedLinear
-from spectrim.shared_input import share
-from spectrim.speed import throughput, weight_bytes
-from spectrim.stored_linear import StoredLinear, stored_tensors
+from spectrim.models.modules import compressible_linears, replace, same_input
 
 REFERENCE = "dense float32"
 ROUNDED_WEIGHTS: tuple[Format, ...] = ("dense_int8", "dense_int4")

@@ -25,16 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import preset
-from pipeline.artifacts import artifact
-from pipeline.devices import resolve
-from pipeline.measure import evaluation_windows, load_model, load_tokenizer, text_perplexities
-from pipeline.params import load
-from pipeline.text_file import file_windows, named_file
-from spectrim.checkpoint import read_bytes
+from pipeline.config import preset
+from pipeline.config.params import load
+from pipeline.data.text_file import file_windows, named_file
+from pipeline.runtime.artifacts import artifact
+from pipeline.runtime.devices import resolve
+from pipeline.steps.measure import evaluation_windows, load_model, load_tokenizer, text_perplexities
+from spectrim.checkpoint.layout import read_bytes
 from spectrim.errors import ConfigError, OrchestrationError, SpectrimError
-from spectrim.evaluation import quantize_model_
-from spectrim.modules import compressible_linears
+from spectrim.evaluation.perplexity import quantize_model_
+from spectrim.models.modules import compressible_linears
 
 Row = dict[str, Any]
 CODE = ("spectrim", "pipeline", "stages")

@@ -2,9 +2,10 @@
 
     python -m benchmarks.products [--shapes 1536x576 4096x4096 11008x4096] [--rows 1 16 64 256] [--dtype bfloat16]
 
-For every shape (out x in) and number of rows one JSON line: `dense` in the dtype, what `spectrim.products.product` does
-with int8, and what torch keeps: the integers expanded in the call, the same compiled (--compile), its own kernels for
-int8 and, on a GPU, for int4 in groups of 64. Weights take turns, so that they come from memory and not from a cache.
+For every shape (out x in) and number of rows one JSON line: `dense` in the dtype, what
+`spectrim.formats.products.product` does with int8, and what torch keeps: the integers expanded in the call, the same
+compiled (--compile), its own kernels for int8 and, on a GPU, for int4 in groups of 64. Weights take turns, so that they
+come from memory and not from a cache.
 On a GPU the calls are replayed as one CUDA graph, which leaves out what launching them costs. Nothing is timed that
 computes something else: a relative error above one per cent ends the run.
 """
@@ -20,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.benchmark import Timer
 
-from pipeline.devices import resolve
-from pipeline.params import load
+from pipeline.config.params import load
+from pipeline.runtime.devices import resolve
 from spectrim.errors import NumericalError, SpectrimError
-from spectrim.products import product
+from spectrim.formats.products import product
 
 BYTES = 120_000_000
 """Of int8 weights that take turns: more than the second-level cache of any GPU or CPU."""

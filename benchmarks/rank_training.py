@@ -11,12 +11,12 @@ import statistics
 from dataclasses import replace
 from typing import Literal
 
-from pipeline.artifacts import artifact
-from pipeline.candidates import RankSearch
-from pipeline.devices import resolve
-from pipeline.params import load
-from pipeline.texts import load_windows
-from spectrim.rank_training import Step
+from pipeline.config.params import load
+from pipeline.data.texts import load_windows
+from pipeline.runtime.artifacts import artifact
+from pipeline.runtime.devices import resolve
+from pipeline.steps.candidates import RankSearch
+from spectrim.compression.rank_training import Step
 
 
 def seconds_per_step(method: Literal["gates", "dobi"], steps: int, seq_len: int) -> float:

@@ -21,18 +21,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.artifacts import artifact, read_json
-from pipeline.devices import resolve
-from pipeline.measure import load_model, load_tokenizer
-from pipeline.params import load
-from pipeline.text_file import file_windows
-from spectrim.capture import gram_of
+from pipeline.config.params import load
+from pipeline.data.text_file import file_windows
+from pipeline.runtime.artifacts import artifact, read_json
+from pipeline.runtime.devices import resolve
+from pipeline.steps.measure import load_model, load_tokenizer
+from spectrim.compression.rank_training import GatedLinear, attach
+from spectrim.compression.statistics import gram_of
 from spectrim.errors import ConfigError
-from spectrim.evaluation import perplexity
+from spectrim.evaluation.perplexity import perplexity
 from spectrim.maths import allocation, budget
 from spectrim.maths.lowrank import Factors, closed_form, plain_svd
-from spectrim.modules import linears_by_block
-from spectrim.rank_training import GatedLinear, attach
+from spectrim.models.modules import linears_by_block
 
 CAPTURED = artifact("capture")
 PROTOCOL = {"windows": 64, "seq_len": 1024, "test_windows": 16}

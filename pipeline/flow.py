@@ -20,8 +20,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline import artifacts, console, prefect_engine
-from pipeline.params import load
+from pipeline.config.params import load
+from pipeline.runtime import artifacts, console, prefect_engine, progress
 from spectrim.errors import OrchestrationError
 
 START = 180.0  # seconds until a new server must answer; 7 on an idle machine, with a new database
@@ -154,7 +154,7 @@ def prefect_server() -> Iterator[prefect_engine.Server]:
     try:
         server = OwnServer(f"{root}/api", process, log)
         server.require()
-        console.say(f"Prefect: {root}")
+        progress.say(f"Prefect: {root}")
         yield server
     finally:
         console.end_children(PATIENCE, only=process.pid)
@@ -175,9 +175,9 @@ def main(
             ending.set()
             console.end_children(PATIENCE)  # server and stage together: neither may report the end of the other
             raise
-        console.say(f"{len(stages)} stages are up to date")
+        progress.say(f"{len(stages)} stages are up to date")
         if keep_ui:
-            console.say(f"the UI stays at {server.url.removesuffix('/api')}; Ctrl-C ends it")
+            progress.say(f"the UI stays at {server.url.removesuffix('/api')}; Ctrl-C ends it")
             while True:
                 server.check()
                 time.sleep(prefect_engine.POLL)

@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spectrim.loading import to_dense
-    from spectrim.lowrank_linear import LowRankLinear
+    from spectrim.checkpoint.loading import to_dense
+    from spectrim.formats.lowrank_linear import LowRankLinear
 
 __all__ = ["LowRankLinear", "__version__", "to_dense"]
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ _FORMATS = "transformers.quantizers.auto"  # where transformers keeps its table 
 
 
 def __getattr__(name: str) -> Any:
-    homes = {"LowRankLinear": "spectrim.lowrank_linear", "to_dense": "spectrim.loading"}
+    homes = {"LowRankLinear": "spectrim.formats.lowrank_linear", "to_dense": "spectrim.checkpoint.loading"}
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(homes[name]), name)
@@ -47,13 +47,13 @@ class _RegisterAtImport(MetaPathFinder):
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                importlib.import_module("spectrim.loading")
+                importlib.import_module("spectrim.checkpoint.loading")
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
 if _FORMATS in sys.modules:
-    importlib.import_module("spectrim.loading")
+    importlib.import_module("spectrim.checkpoint.loading")
 else:
     sys.meta_path.insert(0, _RegisterAtImport())

@@ -47,14 +47,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _convert(options: argparse.Namespace) -> dict[str, Any]:
     """Write FOLDER into DESTINATION with every factored matrix in another format, at its rank."""
-    from spectrim.conversion import convert
+    from spectrim.checkpoint.conversion import convert
 
     return convert(options.folder, options.destination, options.format, options.max_shard_size)
 
 
 def _import_dobi(options: argparse.Namespace) -> dict[str, Any]:
     """Write a folder with pytorch_model.bin and remapping_weight.pt into DESTINATION; they are read as tensors only."""
-    from spectrim.dobi_import import import_dobi
+    from spectrim.checkpoint.dobi_import import import_dobi
 
     return import_dobi(options.folder, options.destination, options.format, options.max_shard_size)
 

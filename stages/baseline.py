@@ -8,13 +8,13 @@ params  baseline, evaluate (batch_size, tasks, task_limit, prompt, new_tokens), 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import artifact, fresh_folder, write_json
-from pipeline.console import run
-from pipeline.devices import resolve
-from pipeline.measure import evaluation_windows, load_model, load_tokenizer, text_perplexities
-from pipeline.params import Params, load
-from pipeline.tasks import load_tasks, run_tasks
-from spectrim.evaluation import generate, quantize_model_
+from pipeline.config.params import Params, load
+from pipeline.runtime.artifacts import artifact, fresh_folder, write_json
+from pipeline.runtime.console import run
+from pipeline.runtime.devices import resolve
+from pipeline.steps.measure import evaluation_windows, load_model, load_tokenizer, text_perplexities
+from pipeline.steps.tasks import load_tasks, run_tasks
+from spectrim.evaluation.perplexity import generate, quantize_model_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +48,7 @@ def main() -> None:
 def quantize_(model: "PreTrainedModel", name: str, params: Params) -> Mapping[str, Any]:
     """Quantize in place as an entry of ``baseline.quantization`` says; returns what it takes, see ``Quantized``."""
     if name not in N_BITS:
-        from spectrim.library_baselines import quantize_by_library_  # needs an extra
+        from spectrim.evaluation.library_baselines import quantize_by_library_  # needs an extra
 
         return quantize_by_library_(model, name, exclude=params.compression.exclude)
     group_size = params.baseline.group_size if name == "int4" else None  # int8 has one scale per output channel

@@ -7,12 +7,13 @@ params  data, calibrate, compression.seed
 
 import numpy as np
 
-from pipeline import texts
-from pipeline.artifacts import artifact, fresh_folder, write_json
-from pipeline.console import progress, run
-from pipeline.documents import read, split
-from pipeline.originals import check_context, load_tokenizer
-from pipeline.params import load
+from pipeline.config.params import load
+from pipeline.data import texts
+from pipeline.data.documents import read, split
+from pipeline.data.originals import check_context, load_tokenizer
+from pipeline.runtime.artifacts import artifact, fresh_folder, write_json
+from pipeline.runtime.console import run
+from pipeline.runtime.progress import progress
 
 
 def main() -> None:

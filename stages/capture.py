@@ -12,17 +12,19 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline import chain, walk
-from pipeline.artifacts import artifact, fresh_folder, read_json
-from pipeline.console import run
-from pipeline.devices import resolve
-from pipeline.layers import LayerTask, run_layers
-from pipeline.params import load
-from pipeline.spectra_file import Tokens, write_spectra
-from pipeline.store import LayerStore, code_digest, key, link_or_copy
-from pipeline.texts import load_windows
-from spectrim import blocks, capture, modules
+from pipeline.config.params import load
+from pipeline.data.texts import load_windows
+from pipeline.runtime import chain
+from pipeline.runtime.artifacts import artifact, fresh_folder, read_json
+from pipeline.runtime.console import run
+from pipeline.runtime.devices import resolve
+from pipeline.runtime.layers import LayerTask, run_layers
+from pipeline.runtime.store import LayerStore, code_digest, key, link_or_copy
+from pipeline.steps import walk
+from pipeline.steps.spectra_file import Tokens, write_spectra
+from spectrim.compression import statistics
 from spectrim.maths import losses, lowrank, whitening
+from spectrim.models import blocks, modules
 
 Compute = Callable[[int, Path], None]
 
@@ -34,7 +36,7 @@ def main() -> None:
     windows = load_windows(artifact("calibrate") / "calibration.parquet")
     model = blocks.BlockModel(artifact("prepare"), resolve(params.runtime.device), tuple(exclude))
     identity = [
-        code_digest(chain, walk, blocks, capture, modules, losses, lowrank, whitening),
+        code_digest(chain, walk, blocks, statistics, modules, losses, lowrank, whitening),
         read_json(artifact("prepare") / "prepare.json")["model_sha256"],
         read_json(artifact("calibrate") / "calibrate.json")["calibration"]["tokens_sha256"],
         [exclude, settings.gradient_windows, settings.gradient_seq_len, settings.batch_size, str(model.device)],

@@ -12,18 +12,19 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline import measure, metrics
-from pipeline.artifacts import artifact, read_json, write_json
-from pipeline.console import progress, run
-from pipeline.devices import resolve
-from pipeline.params import load
-from pipeline.sections import Evaluate
-from pipeline.tasks import load_tasks, run_tasks
-from pipeline.text_file import file_windows
-from spectrim.checkpoint import read_bytes
+from pipeline.config.params import load
+from pipeline.config.sections import Evaluate
+from pipeline.data.text_file import file_windows
+from pipeline.runtime.artifacts import artifact, read_json, write_json
+from pipeline.runtime.console import run
+from pipeline.runtime.devices import resolve
+from pipeline.runtime.progress import progress
+from pipeline.steps import measure, metrics
+from pipeline.steps.tasks import load_tasks, run_tasks
+from spectrim.checkpoint.layout import read_bytes
 from spectrim.errors import ConfigError
-from spectrim.evaluation import generate
-from spectrim.speed import n_parameters, peak_bytes, throughput, weight_bytes
+from spectrim.evaluation.perplexity import generate
+from spectrim.evaluation.speed import n_parameters, peak_bytes, throughput, weight_bytes
 
 FILE_WINDOWS = 16  # of a file given with --text: the protocol of the reference table
 SIDES = {"dense": "prepare", "compressed": "remap"}

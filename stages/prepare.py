@@ -7,12 +7,12 @@ params  model, prepare
 
 import torch
 
-from pipeline.artifacts import artifact, digest, fresh_folder, read_json, sha256_file, write_json
-from pipeline.console import run
-from pipeline.originals import check_vocabulary, load_model, load_tokenizer
-from pipeline.params import load
-from pipeline.sources import fetch
-from spectrim.modules import compressible_linears
+from pipeline.config.params import load
+from pipeline.data.fetching import fetch
+from pipeline.data.originals import check_vocabulary, load_model, load_tokenizer
+from pipeline.runtime.artifacts import artifact, digest, fresh_folder, read_json, sha256_file, write_json
+from pipeline.runtime.console import run
+from spectrim.models.modules import compressible_linears
 
 
 def main() -> None:

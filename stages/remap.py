@@ -1,19 +1,21 @@
 """The compressed checkpoint: factors in their storage format, everything else as in the dense model.
 
 reads   artifacts/prepare, artifacts/capture, artifacts/train_ranks/ranks.json, artifacts/update_weights
-writes  artifacts/remap: a Hugging Face folder, see spectrim/checkpoint.py
+writes  artifacts/remap: a Hugging Face folder, see spectrim/checkpoint/layout.py
 params  remap
 """
 
 from functools import partial
 
-from pipeline import factor_files, packing
-from pipeline.artifacts import artifact, fresh_folder, provenance, read_json, require_model, sha256_file
-from pipeline.console import run
-from pipeline.layers import LayerTask, run_layers
-from pipeline.params import load
-from pipeline.store import LayerStore, code_digest, key
-from spectrim import capture, saving, stored_linear
+from pipeline.config.params import load
+from pipeline.runtime.artifacts import artifact, fresh_folder, provenance, read_json, require_model, sha256_file
+from pipeline.runtime.console import run
+from pipeline.runtime.layers import LayerTask, run_layers
+from pipeline.runtime.store import LayerStore, code_digest, key
+from pipeline.steps import factor_files, packing
+from spectrim.checkpoint import saving
+from spectrim.compression import statistics
+from spectrim.formats import stored_linear
 from spectrim.maths import budget, compensation, factor_rounding, pivoting, quantization, whitening
 
 
@@ -35,14 +37,14 @@ def main() -> None:
     rounds = any(matrix.format in budget.INT8_FACTORS for matrix in matrices.values())
     read = {block: sha256_file(captured / "inputs" / f"{block}.safetensors") if rounds else None for block in blocks}
     code = code_digest(
-        packing, factor_files, capture, saving, stored_linear, budget, compensation, factor_rounding, pivoting,
+        packing, factor_files, statistics, saving, stored_linear, budget, compensation, factor_rounding, pivoting,
         quantization, whitening,
     )  # fmt: skip
     tasks = [
         LayerTask(
             f"block {block}",
             key("remap", block, code, factors[block], read[block], listed, str(half)),
-            partial(packing.pack_block, files, partial(capture.gram_of, captured, int(block)), matrices, half),
+            partial(packing.pack_block, files, partial(statistics.gram_of, captured, int(block)), matrices, half),
         )
         for block, files in blocks.items()
     ]

@@ -10,11 +10,13 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from pipeline import figures, matrices, notes, report, spectra_file, tables
-from pipeline.artifacts import artifact, fresh_folder, read_json, sha256_file, write_text
-from pipeline.console import run
-from pipeline.params import Params, load
-from pipeline.store import LayerStore, code_digest, key
+from pipeline.config.params import Params, load
+from pipeline.report import figures, matrices, notes, tables
+from pipeline.report import pages as report
+from pipeline.runtime.artifacts import artifact, fresh_folder, read_json, sha256_file, write_text
+from pipeline.runtime.console import run
+from pipeline.runtime.store import LayerStore, code_digest, key
+from pipeline.steps import spectra_file
 from spectrim.maths import budget
 
 METRICS, RANKS = Path("reports", "metrics.json"), artifact("train_ranks", "ranks.json")

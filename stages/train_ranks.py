@@ -9,15 +9,15 @@ import csv
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from pipeline import rounding
-from pipeline.artifacts import artifact, fresh_folder, write_json
-from pipeline.candidates import RankSearch
-from pipeline.console import run
-from pipeline.devices import resolve
-from pipeline.params import load
-from pipeline.storage_losses import storage_losses
-from pipeline.texts import load_windows
-from spectrim.rank_training import Step
+from pipeline.config.params import load
+from pipeline.data.texts import load_windows
+from pipeline.runtime.artifacts import artifact, fresh_folder, write_json
+from pipeline.runtime.console import run
+from pipeline.runtime.devices import resolve
+from pipeline.steps import rounded_blocks as rounding
+from pipeline.steps.candidates import RankSearch
+from pipeline.steps.rounded_factors import storage_losses
+from spectrim.compression.rank_training import Step
 
 
 def main() -> None:

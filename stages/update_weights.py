@@ -11,37 +11,31 @@ from pathlib import Path
 
 import torch
 
-from pipeline import chain, factor_files, refine, rounding, updates, variants
-from pipeline.artifacts import artifact, fresh_folder, read_json, require_model, sha256_file, write_json
-from pipeline.console import run
-from pipeline.devices import resolve
-from pipeline.factor_files import read_facts
-from pipeline.layers import LayerTask, run_layers
-from pipeline.params import Params, load
-from pipeline.store import LayerStore, code_digest, key, link_or_copy
-from pipeline.updates import Variant
-from spectrim import (
-    block_refinement,
-    blocks,
-    capture,
-    evaluation,
-    lowrank_linear,
-    modules,
-    prefix,
-    refinement,
-    stored_linear,
-    weight_update,
-)
-from spectrim.checkpoint import Matrix
+from pipeline.config.params import Params, load
+from pipeline.runtime import chain
+from pipeline.runtime.artifacts import artifact, fresh_folder, read_json, require_model, sha256_file, write_json
+from pipeline.runtime.console import run
+from pipeline.runtime.devices import resolve
+from pipeline.runtime.layers import LayerTask, run_layers
+from pipeline.runtime.store import LayerStore, code_digest, key, link_or_copy
+from pipeline.steps import factor_files, refinement_run, updates, variants
+from pipeline.steps import rounded_blocks as rounding
+from pipeline.steps.factor_files import read_facts
+from pipeline.steps.updates import Variant
+from spectrim.checkpoint.layout import Matrix
+from spectrim.compression import block_refinement, prefix, refinement, statistics, weight_update
+from spectrim.evaluation import perplexity as evaluation
+from spectrim.formats import lowrank_linear, stored_linear
 from spectrim.maths import anchoring, losses, lowrank, quantization, sampling, schedule, shrinkage, subspace, whitening
 from spectrim.maths.budget import FACTORED
+from spectrim.models import blocks, modules
 
 UPDATES = (
-    *(updates, chain, factor_files, block_refinement, blocks, capture, modules, prefix, weight_update),
+    *(updates, chain, factor_files, block_refinement, blocks, statistics, modules, prefix, weight_update),
     *(anchoring, losses, lowrank, quantization, sampling, schedule, shrinkage, subspace, whitening),
 )
 REFINES = (
-    *(refine, factor_files, refinement, blocks, capture, modules, lowrank_linear, stored_linear, evaluation),
+    *(refinement_run, factor_files, refinement, blocks, statistics, modules, lowrank_linear, stored_linear, evaluation),
     *(losses, quantization, sampling, schedule),
 )
 
@@ -70,7 +64,7 @@ def main() -> None:
             link_or_copy(folder, out)
         rounding.write(rounded, matrices, out / "rounded")
         if refined is None:
-            refine.write_curve(out / refine.CURVE, [])
+            refinement_run.write_curve(out / refinement_run.CURVE, [])
         write_json(
             out / "summary.json",
             {
@@ -78,7 +72,7 @@ def main() -> None:
                 "chosen": chosen,
                 "validation_loss": losses,
                 **_facts(files),
-                "refinement": read_json(refined / refine.SUMMARY) if refined else None,
+                "refinement": read_json(refined / refinement_run.SUMMARY) if refined else None,
             },
         )
 
@@ -123,7 +117,7 @@ def _refined(params: Params, device: torch.device, files: list[Path], store: Lay
         seed,
         str(device),
     )
-    run = refine.Refine(prepared, calibrate, artifact("capture"), device, files, settings, seed, store, name)
+    run = refinement_run.Refine(prepared, calibrate, artifact("capture"), device, files, settings, seed, store, name)
     entries = run_layers("refinement", [LayerTask("refinement", name, run)], params.runtime, store, ordered=True)
     run.clear()
     return entries["refinement"]

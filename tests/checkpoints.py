@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from spectrim.checkpoint import Matrix
-from spectrim.lowrank_linear import LowRankLinear
+from spectrim.checkpoint.layout import Matrix
+from spectrim.checkpoint.saving import Packed, assemble, pack, pack_rounded
+from spectrim.formats.lowrank_linear import LowRankLinear
+from spectrim.formats.quantized_linear import QuantizedLinear
+from spectrim.formats.stored_linear import StoredLinear
 from spectrim.maths.budget import FACTORED, RESIDUAL, ROUNDED, Format, group_size, resolve_format
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import dequantize, round_to_nearest
-from spectrim.modules import compressible_linears
-from spectrim.quantized_linear import QuantizedLinear
-from spectrim.saving import Packed, assemble, pack, pack_rounded
-from spectrim.stored_linear import StoredLinear
+from spectrim.models.modules import compressible_linears
 from tests import tiny
 
 FORMATS: tuple[Format, ...] = (*FACTORED, *ROUNDED)

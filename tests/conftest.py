@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.layers import run_layers
-from pipeline.store import LayerStore
+from pipeline.runtime.layers import run_layers
+from pipeline.runtime.store import LayerStore
 from tests import report_project, tiny
 from tests.layer_runs import INLINE
 from tests.layer_worker import names, tasks_of

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.layers import run_layers
-from pipeline.sections import Runtime
-from pipeline.store import LayerStore
+from pipeline.config.sections import Runtime
+from pipeline.runtime.layers import run_layers
+from pipeline.runtime.store import LayerStore
 from tests.layer_worker import names, tasks_of
-from tests.test_artifacts import tree
+from tests.runtime.test_artifacts import tree
 
 PROJECT = Path(__file__).parents[1]
 INLINE = Runtime("inline", 2, 0, "cpu")

@@ -11,10 +11,10 @@ import threading
 import time
 from pathlib import Path
 
-from pipeline import console
-from pipeline.layers import LayerTask, run_layers
-from pipeline.sections import Runtime
-from pipeline.store import LayerStore, key
+from pipeline.config.sections import Runtime
+from pipeline.runtime import console
+from pipeline.runtime.layers import LayerTask, run_layers
+from pipeline.runtime.store import LayerStore, key
 
 
 def content(name: str) -> bytes:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import yaml
 
-from pipeline.spectra_file import Tokens, write_spectra
+from pipeline.steps.spectra_file import Tokens, write_spectra
 from spectrim.maths.budget import dense_bytes, matrix_bytes
 
 SHAPES = {

@@ -65,7 +65,7 @@ def _child(name: str, folder: Path, environment: dict[str, str], kill_after: int
 
 
 def _kill_in_a_commit(left: int) -> None:
-    from pipeline.store import LayerStore
+    from pipeline.runtime.store import LayerStore
 
     commit = LayerStore.commit
 

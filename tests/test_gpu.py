@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from spectrim import capture
-from spectrim.blocks import BlockModel
-from spectrim.evaluation import perplexity
+from spectrim.compression import statistics as captured
+from spectrim.compression.rank_training import GatedLinear, train
+from spectrim.compression.rank_training import attach as attach_gates
+from spectrim.compression.refinement import Refinement, attach, leaving
+from spectrim.evaluation.perplexity import perplexity
+from spectrim.evaluation.speed import peak_bytes, throughput, weight_bytes
 from spectrim.maths.budget import Format
 from spectrim.maths.lowrank import asvd, closed_form, plain_svd, svd_llm_cholesky, svd_llm_v2, truncate, two_sided
-from spectrim.modules import compressible_linears
-from spectrim.rank_training import GatedLinear, train
-from spectrim.rank_training import attach as attach_gates
-from spectrim.refinement import Refinement, attach, leaving
-from spectrim.speed import peak_bytes, throughput, weight_bytes
+from spectrim.models.blocks import BlockModel
+from spectrim.models.modules import compressible_linears
 from tests import reference, tiny
 from tests.checkpoints import FORMATS, TOKENS, Folders, build_all, logits, truncated
 
@@ -35,16 +35,16 @@ def statistics(folder: Path, device: str) -> dict[str, Tensor]:
     input_of: list[dict[str, str]] = []
     hidden = [model.embed(TOKENS).cpu()]
     for index in range(len(model.names)):
-        tensors, owners, output = capture.input_statistics(model, index, hidden[index], 2)
+        tensors, owners, output = captured.input_statistics(model, index, hidden[index], 2)
         blocks.append(tensors)
         input_of.append(owners)
         hidden.append(output)
-    gradient = capture.loss_gradient(model, TOKENS, hidden[-1])
+    gradient = captured.loss_gradient(model, TOKENS, hidden[-1])
     for index in reversed(range(len(model.names))):
-        tensors, gradient = capture.gradient_statistics(model, index, hidden[index], gradient, 2)
+        tensors, gradient = captured.gradient_statistics(model, index, hidden[index], gradient, 2)
         blocks[index] |= tensors
     n_tokens = TOKENS.numel()
-    made = capture.decompose(model.weights(0), blocks[0], input_of[0], n_tokens, n_tokens, 1e-4, 1e-2)
+    made = captured.decompose(model.weights(0), blocks[0], input_of[0], n_tokens, n_tokens, 1e-4, 1e-2)
     blocks.append({name: tensor for name, tensor in made.items() if name.startswith("two_sided.")})
     return {f"{index}.{name}": tensor for index, tensors in enumerate(blocks) for name, tensor in tensors.items()}
 

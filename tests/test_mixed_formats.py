@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from spectrim.checkpoint import read_bytes
+from spectrim.checkpoint.layout import read_bytes
 from spectrim.maths.budget import RESIDUAL, ROUNDED
 from tests.tiny import Project
 

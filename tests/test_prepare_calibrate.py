@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import originals, params, texts
+from pipeline.config import params
+from pipeline.data import originals, texts
 from spectrim.errors import DataError, ModelError, SourceError
 from stages import calibrate, prepare
 from tests import tiny

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import preset
+from pipeline.config import preset
 from spectrim.maths.budget import FACTORED
-from tests.test_preset import NAMES, write
+from tests.config.test_preset import NAMES, write
 from tests.tiny import REPOSITORY, Project
 
 STAGES = ("train_ranks", "update_weights", "remap", "evaluate")

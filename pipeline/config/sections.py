@@ -1,0 +1,271 @@
+"""The sections of params.yaml: one frozen dataclass each, its keys with their units, and what each key takes.
+
+What two keys must not contradict stands in pipeline/config/params.py.
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, with_config
+
+from pipeline.config.source_syntax import parse
+from spectrim.errors import SourceError
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+SPLITS = ("calibration", "validation", "test")
+
+
+def _source(text: str) -> str:
+    try:
+        parse(text)
+    except SourceError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+def _splits(shares: dict[str, float]) -> dict[str, float]:
+    if sum(shares.values()) > 1 + 1e-9:
+        raise ValueError(f"the shares add up to {sum(shares.values()):g}; at most 1 is required")
+    return shares
+
+
+def _installed(names: list[str]) -> list[str]:
+    """A baseline of a library that is missing would otherwise end the run after the others were measured."""
+    wanted = [name for name in names if name.startswith("bitsandbytes_")]
+    if wanted and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"{', '.join(wanted)} found, which the package bitsandbytes makes, and that is not installed; run "
+            "`pip install 'spectrim[bitsandbytes]'`, or leave out what needs it"
+        )
+    return names
+
+
+AtLeast0 = Annotated[int, Field(ge=0)]
+AtLeast1 = Annotated[int, Field(ge=1)]
+AtLeast2 = Annotated[int, Field(ge=2)]
+Positive = Annotated[float, Field(gt=0)]
+Kept = Annotated[float, Field(gt=0, le=1)]
+Shares = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+Source = Annotated[NonEmpty, AfterValidator(_source)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Alternative = Literal[
+    "float16", "pifa", "remap", "int8", "pifa_int8", "dense_int8", "dense_int4", "int8_residual", "int4_residual"
+]
+Size = Annotated[str, Field(pattern=r"^[1-9][0-9]*(KB|MB|GB)$")]
+Splits = Annotated[
+    dict[Literal["calibration", "validation", "test"], Annotated[float, Field(gt=0, le=1)]],
+    Field(min_length=1),
+    AfterValidator(_splits),
+]
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Model:
+    """The model to compress. ``source``: see pipeline/data/fetching.py; ``sha256`` of the wheel or file, or null."""
+
+    source: Source
+    sha256: Sha256 | None
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Text:
+    """A text. ``splits`` maps calibration, validation, test to the share of documents each gets (sum at most 1)."""
+
+    source: Source
+    sha256: Sha256 | None
+    column: str
+    splits: Splits
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Compression:
+    """What every compressing stage shares; ``ratio`` = bytes kept / 16-bit bytes of the same linears.
+
+    ``format`` is that of the factors; ``alternatives`` are the formats that a matrix may be stored in instead.
+    ``tie`` gives the linears that read the same input (q/k/v, gate/up) one common rank.
+    """
+
+    ratio: Kept
+    format: Literal["float16", "pifa", "remap", "int8", "pifa_int8"]
+    alternatives: list[Alternative]
+    align: AtLeast1
+    tie: bool
+    exclude: list[str]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Runtime:
+    """The machine: never part of a result. ``workers`` layers at once, ``retries`` per layer."""
+
+    engine: Literal["auto", "inline", "prefect", "dask"]
+    workers: AtLeast1
+    retries: AtLeast0
+    device: Literal["auto", "cpu", "cuda"]
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Prepare:
+    """dtype of the weights in the prepared file, and the dtype plain ``from_pretrained`` computes in."""
+
+    stored_dtype: Literal["float16", "bfloat16", "float32"]
+    load_dtype: Literal["float32", "bfloat16", "float16"]
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Calibrate:
+    """``seq_len`` tokens per window, and the number of windows of each split."""
+
+    seq_len: AtLeast2
+    calibration_windows: AtLeast1
+    validation_windows: AtLeast1
+    test_windows: AtLeast1
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Capture:
+    """Gradient Grams: the first ``gradient_windows`` windows of ``gradient_seq_len`` tokens. Damping is relative."""
+
+    gradient_windows: AtLeast1
+    gradient_seq_len: AtLeast2
+    batch_size: AtLeast1
+    damping: Positive
+    max_damping: Annotated[float, Field(gt=0, le=1)]
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class TrainRanks:
+    """How ranks are chosen. Lengths in tokens; ``learning_rate`` and ``width`` in units of the full rank.
+
+    ``file``: read by the method of that name, see pipeline/steps/rank_files.py; ``file_sha256`` of it, or null.
+    ``objective``: what gates and dobi minimise, the text's cross-entropy or the divergence from the dense model.
+    ``keep``: of gates and dobi, the ranks that are ``best`` on the validation windows, or the ``trained`` ones anyway.
+    """
+
+    method: Literal["gates", "dobi", "uniform", "svd_llm_v2", "fisher", "file"]
+    file: NonEmpty | None
+    file_sha256: Sha256 | None
+    objective: Literal["cross_entropy", "kl"]
+    keep: Literal["best", "trained"]
+    whitening: Literal["input", "two_sided"]
+    steps: AtLeast1
+    seq_len: AtLeast2
+    batch_size: AtLeast1
+    learning_rate: Positive
+    width: Positive
+    beta: Positive
+    taylor_terms: AtLeast1
+    taylor_threshold: Annotated[float, Field(gt=0, lt=1)]
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Refinement:
+    """Training of all factors together, ``batch_size`` calibration windows cut to ``seq_len`` tokens per step.
+
+    ``steps`` 0: none. ``kl_weight``: 1 learns from the dense model's predictions alone, 0 from the text alone.
+    ``patience``: validations in a row without a better one that end it. ``checkpointing``: less memory, more time.
+    """
+
+    steps: AtLeast0
+    batch_size: AtLeast1
+    seq_len: AtLeast2
+    learning_rate: Positive
+    kl_weight: Annotated[float, Field(ge=0, le=1)]
+    validate_every: AtLeast1
+    patience: AtLeast1
+    checkpointing: bool
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Anchor:
+    """Inputs from behind the compressed blocks.
+
+    ``alpha``: shares of the original outputs in the targets, each a variant; 0: not anchored. ``damping``: pull
+    towards the original weight, relative to the mean diagonal of the inputs' Gram.
+    """
+
+    alpha: Shares
+    damping: Positive
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class BlockRefinement:
+    """Training of each block's factors by itself, one window per step. ``steps`` 0: none."""
+
+    steps: AtLeast0
+    learning_rate: Positive
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class UpdateWeights:
+    """The metric whose optimum the factors are, or Dobi-SVD's IPCA; how they are fitted and trained from there.
+
+    ``windows``: calibration windows that `ipca`, ``anchor`` and ``block_refinement`` walk through the blocks.
+    ``shrinkage``: shares of the identity in the Grams, each a variant.
+    """
+
+    method: Literal["two_sided", "closed_form", "svd", "asvd", "svd_llm", "svd_llm_v2", "ipca"]
+    windows: AtLeast1
+    shrinkage: Shares
+    anchor: Anchor
+    ipca: Literal["incremental", "exact"]
+    block_refinement: BlockRefinement
+    refinement: Refinement
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Remap:
+    """Storage format of the factors (``same`` = compression.format) and the size of a checkpoint's shards."""
+
+    format: Literal["same", "float16", "pifa", "remap", "int8", "pifa_int8"]
+    max_shard_size: Size
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Baseline:
+    """Baselines: int8 and int4 to nearest, where ``group_size`` inputs share a scale in int4, and a library's."""
+
+    quantization: Annotated[
+        list[Literal["int8", "int4", "bitsandbytes_nf4", "bitsandbytes_int8"]], AfterValidator(_installed)
+    ]
+    group_size: AtLeast1
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Evaluate:
+    """The protocol shared by ``baseline`` and ``evaluate``; lengths in tokens."""
+
+    batch_size: AtLeast1
+    tasks: dict[str, str]
+    task_limit: AtLeast1 | None
+    prompt: NonEmpty
+    new_tokens: AtLeast1
+    speed_prefill_tokens: AtLeast1
+    speed_decode_tokens: AtLeast1
+    speed_repeats: AtLeast1
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Report:
+    """``title`` of the report."""
+
+    title: str

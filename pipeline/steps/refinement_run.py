@@ -1,0 +1,188 @@
+"""The refinement of `update_weights`: one run over all factors that goes on where a killed run stopped.
+
+Every ``validate_every`` steps the factors are measured on the validation windows, and everything the run depends on is
+put into the store. The best factors seen are the result; the ones it began with are among them.
+"""
+
+import csv
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.config.sections import Refinement as Settings
+from pipeline.data.texts import load_windows
+from pipeline.runtime.artifacts import read_json, write_json
+from pipeline.runtime.progress import bar, say
+from pipeline.runtime.store import LayerStore, key
+from pipeline.steps.factor_files import read_factors, write_factors
+from pipeline.steps.measure import load_model
+from spectrim.compression.refinement import PARTS, Refinement, attach, checkpoint_blocks
+from spectrim.compression.statistics import last_hidden
+from spectrim.evaluation.perplexity import perplexity
+
+CURVE = "refinement.csv"
+SUMMARY = "refinement.json"
+BEST = "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One step of the curve: its training loss, and where it was measured the validation loss after it, nats per token.
+
+    ``loss`` of step 0 is that of nothing, and empty.
+    """
+
+    step: int
+    loss: float | None
+    validation_loss: float | None
+
+
+class Refine:
+    """Trains the factors in ``files`` (one per block, LINEAR.left and LINEAR.right) and writes the best of them.
+
+    Args:
+        prepared: folder of the dense model.
+        calibrate: folder of the calibration windows, and of the validation windows, which are only measured on.
+        captured: folder of what left the dense model's last block for the calibration windows.
+        device: where it runs.
+        files: what the closed form left, one file per block.
+        name: identifies everything the run depends on, for its snapshots.
+    """
+
+    def __init__(
+        self,
+        prepared: Path,
+        calibrate: Path,
+        captured: Path,
+        device: torch.device,
+        files: Sequence[Path],
+        settings: Settings,
+        seed: int,
+        store: LayerStore,
+        name: str,
+    ) -> None:
+        self.prepared, self.calibrate, self.captured = prepared, calibrate, captured
+        self.device, self.files = device, files
+        self.settings, self.seed, self.store, self.name = settings, seed, store, name
+        self.curve: list[Point] = []
+
+    def __call__(self, folder: Path) -> None:
+        """Train, and write one file of factors per block, the curve and a summary into ``folder``."""
+        settings = self.settings
+        windows = load_windows(self.calibrate / "calibration.parquet")[:, : settings.seq_len]
+        validation = load_windows(self.calibrate / "validation.parquet")
+        student = load_model(self.prepared, self.device)
+        if settings.checkpointing:
+            checkpoint_blocks(student)
+        run = Refinement(
+            student,
+            attach(student, read_factors(*self.files)),
+            windows,
+            last_hidden(self.captured, settings.seq_len),
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            kl_weight=settings.kl_weight,
+            seed=self.seed,
+        )
+        self._resume(run)
+        if not self.curve:
+            self.curve.append(Point(run.step, None, None))
+            self._measure(run, validation)
+        with bar("update_weights: refinement", settings.steps, initial=run.step, unit="step") as progress:
+            while not self._ended(run.step):
+                for _ in range(min(settings.validate_every, settings.steps - run.step)):
+                    loss, before = run.advance(), self._measured()[-1][1]
+                    self.curve.append(Point(run.step, loss, None))
+                    progress.set_postfix(loss=f"{loss:.4f}", validation=f"{before:.4f}")
+                    progress.update()
+                self._measure(run, validation)
+                self._keep(run)
+        self._write(folder)
+
+    def clear(self) -> None:
+        """Drop what only an unfinished run needs: once the result is in the store, not before."""
+        for step in self._snapshots():
+            shutil.rmtree(self.store.path(self._key(step)), ignore_errors=True)
+
+    def _measure(self, run: Refinement, validation: Tensor) -> None:
+        """Add the validation loss to the newest point of the curve."""
+        measured = math.log(perplexity(run.model, validation)["perplexity"])
+        self.curve[-1] = replace(self.curve[-1], validation_loss=measured)
+
+    def _measured(self) -> list[tuple[int, float]]:
+        """(step, validation loss) of every measurement."""
+        return [(point.step, point.validation_loss) for point in self.curve if point.validation_loss is not None]
+
+    def _best(self) -> int:
+        """The step of the lowest validation loss."""
+        return min(self._measured(), key=lambda measured: measured[1])[0]
+
+    def _ended(self, step: int) -> bool:
+        """Whether all steps are taken, or the last ``patience`` measurements brought nothing better."""
+        losses = [loss for _, loss in self._measured()]
+        worn = len(losses) - 1 - losses.index(min(losses)) >= self.settings.patience
+        return worn or step >= self.settings.steps
+
+    def _keep(self, run: Refinement) -> None:
+        """Put the run into the store, the best factors beside it, and drop what was there before."""
+        before = self.store.path(self._key(self._measured()[-2][0]))
+
+        def write(folder: Path) -> None:
+            # an ended run goes on no more; one by one, because save_file copies what it writes
+            for part, tensors in () if self._ended(run.step) else run.state().items():
+                save_file(
+                    {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{part}.safetensors"
+                )
+            if self._best() == run.step:
+                write_factors(folder / BEST, run.factors())
+            elif (before / BEST).exists():
+                shutil.copyfile(before / BEST, folder / BEST)
+            write_json(folder / "curve.json", [asdict(point) for point in self.curve])
+
+        self.store.commit(self._key(run.step), write)
+        shutil.rmtree(before, ignore_errors=True)
+
+    def _resume(self, run: Refinement) -> None:
+        """Go on from the newest snapshot, if there is one."""
+        for step in self._snapshots():
+            if entry := self.store.lookup(self._key(step)):
+                self.curve = [Point(**point) for point in read_json(entry / "curve.json")]
+                if self._ended(step):
+                    run.step = step
+                else:
+                    run.restore({part: load_file(entry / f"{part}.safetensors") for part in PARTS}, step)
+                say(f"update_weights: refinement: goes on after step {step} of {self.settings.steps}")
+                return
+
+    def _write(self, folder: Path) -> None:
+        kept = self._best()
+        best = read_factors(self.store.path(self._key(self.curve[-1].step)) / BEST) if kept else None
+        for file in self.files:
+            began = read_factors(file)
+            write_factors(folder / file.name, {name: best[name] for name in began} if best else began)
+        write_curve(folder / CURVE, self.curve)
+        losses = [loss for _, loss in self._measured()]
+        write_json(folder / SUMMARY, {"steps": kept, "before": losses[0], "after": min(losses)})
+
+    def _snapshots(self) -> list[int]:
+        """The steps that a snapshot may be of, the newest first."""
+        every, steps = self.settings.validate_every, self.settings.steps
+        return sorted({*range(every, steps, every), steps}, reverse=True)
+
+    def _key(self, step: int) -> str:
+        return key("refinement", self.name, step)
+
+
+def write_curve(path: Path, curve: Sequence[Point]) -> None:
+    """One line per step; the header alone when nothing was refined."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(Point.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in curve)

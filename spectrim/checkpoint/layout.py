@@ -1,0 +1,293 @@
+"""The Spectrim checkpoint, format version 1: a normal Hugging Face folder that plain ``from_pretrained`` loads.
+
+    config.json          the dense model's, with the entry "quantization_config" below
+    model.safetensors    or model-00001-of-0000N.safetensors and model.safetensors.index.json
+    spectrim.json        provenance, ratios, bytes of every matrix; of pivoted ones the condition of their rows, and how
+                         many were exchanged for it; not needed to load
+    everything else      tokenizer, chat template and generation settings of the dense model, unchanged
+
+    "quantization_config": {
+        "quant_method": "spectrim",
+        "version": 1,
+        "ratio": 0.7996,              bytes of the matrices below / their bytes in 16 bit, measured
+        "stored_dtype": "float16",    or "bfloat16": the 16-bit dtype of this checkpoint
+        "matrices": {"model.layers.0.self_attn.q_proj": {"format": "float16", "rank": 224}, ...}
+    }
+
+``matrices`` lists every linear that counts in the ratio by its module path, W (out, in), rank r, n = min(out, in):
+
+    format    tensor               dtype      shape             W ≈ L Rᵀ
+    dense     NAME.weight          F16/BF16   (out, in)         W itself; the rank of the dense formats is n
+    float16   NAME.weight          F16/BF16   (in, r)           R
+              NAME.left            F16/BF16   (out, r)          L
+    pifa      NAME.weight          F16/BF16   (in, r)           Rᵀ: r rows of W, the pivots
+              NAME.left            F16/BF16   (out - r, r)      C: the other rows are C Rᵀ
+              NAME.order           I32        (out,)            W = [Rᵀ; C Rᵀ][order], so L = [I; C][order]
+    int8      NAME.weight          I8         (in, r)           R = weight · weight_scale, one scale per direction
+              NAME.weight_scale    F32        (r,)
+              NAME.left            I8         (out, r)          L = left · left_scale, one scale per row
+              NAME.left_scale      F32        (out,)
+    remap     as int8, but only the first n rows of each side are I8 (NAME.left_scale (n,)); the longer side (if
+              out ≠ in) goes on in
+              NAME.weight_tail     F16/BF16   (in - n, r)       R = [weight · weight_scale; weight_tail]
+              NAME.left_tail       F16/BF16   (out - n, r)      L = [left · left_scale; left_tail]
+    pifa_int8 as pifa, with I8 weight and left, and NAME.weight_scale F32 (r,), NAME.left_scale F32 (out - r,)
+    dense_int8
+              NAME.weight          I8         (out, 1, in)      W = weight · weight_scale, one scale per row
+              NAME.weight_scale    F16        (out, 1)
+    dense_int4                                                  one scale per row and g inputs: 64, or in if it is none
+              NAME.weight          U8         (out, in/g, g/2)  of 64; two's-complement nibbles, the even input low
+              NAME.weight_scale    F16        (out, in/g)
+    int8_residual, int4_residual: the tensors of dense_int8 or dense_int4, and
+              NAME.left            I8         (out, r)          W = weight · weight_scale + L Rᵀ
+              NAME.left_scale      F32        (out,)            L = left · left_scale, one scale per row
+              NAME.right           I8         (in, r)
+              NAME.right_scale     F32        (r,)              R = right · right_scale
+
+Notes:
+- Every other tensor, biases included, has the name and value it has in the dense model.
+- ``NAME.weight`` never has the shape of the dense weight unless it is the dense weight, so that a load without
+  ``import spectrim`` ends with a size mismatch instead of random weights.
+- Every 16-bit tensor but a scale, listed or not, is of ``stored_dtype``.
+- A tensor that is missing, unlisted or of another shape or dtype is an error; so is an unknown version, format or key.
+- Weights are safetensors only. Nothing in the folder is executed.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from spectrim.errors import CheckpointError
+from spectrim.formats.stored_linear import stored_tensors
+from spectrim.maths.budget import ROUNDED, Format, dense_bytes
+
+METHOD = "spectrim"
+VERSION = 1
+KEYS = {"quant_method", "version", "ratio", "stored_dtype", "matrices"}
+SIDES = ("left", "weight")
+HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+CODES = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class Matrix(NamedTuple):
+    """How one linear is stored; the rank of one without factors is min(out, in)."""
+
+    format: Format
+    rank: int
+
+
+class Entry(NamedTuple):
+    """One tensor of a safetensors file, from the header: dtype code such as ``F16``, shape, file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+
+class SpectrimConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of config.json, checked.
+
+    Attributes: ``version``, ``ratio`` (measured), ``stored_dtype`` (float16 | bfloat16), ``matrices`` as in the file.
+
+    Raises:
+        CheckpointError: unknown version, format or key; a missing key; a rank below 1. All problems at once.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        if problems := list(_problems(fields)):
+            raise CheckpointError(
+                "config.json: quantization_config of a Spectrim checkpoint: "
+                + "; ".join(problems)
+                + f". This Spectrim reads version {VERSION}; upgrade Spectrim, or build the checkpoint again"
+            )
+        self.quant_method = METHOD  # type: ignore[assignment] # transformers lists only its own methods there
+        self.version: int = fields["version"]
+        self.ratio: float = fields["ratio"]
+        self.stored_dtype: str = fields["stored_dtype"]
+        self.matrices: dict[str, dict[str, Any]] = fields["matrices"]
+
+    @property
+    def listed(self) -> dict[str, Matrix]:
+        """name -> Matrix of every linear that counts in the ratio."""
+        return {name: Matrix(**matrix) for name, matrix in self.matrices.items()}
+
+
+def _problems(fields: Mapping[str, Any]) -> Iterator[str]:
+    version = fields.get("version")
+    if version != VERSION:
+        yield f"version is {version!r}"
+        return  # nothing else can be judged
+    for key in sorted(KEYS - fields.keys()):
+        yield f"{key} is missing"
+    for key in sorted(fields.keys() - KEYS):
+        yield f"unknown key {key}"
+    if fields.get("stored_dtype") not in list(HALF):  # a list: what stands in the file need not be hashable
+        yield f"stored_dtype is {fields.get('stored_dtype')!r}, must be one of {', '.join(HALF)}"
+    matrices = fields.get("matrices")
+    if not isinstance(matrices, Mapping):
+        yield "matrices must be a mapping of linear names"
+        return
+    for name, matrix in matrices.items():
+        if not isinstance(matrix, Mapping) or set(matrix) != set(Matrix._fields):
+            yield f"{name}: must have exactly {', '.join(Matrix._fields)}"
+        elif matrix["format"] not in get_args(Format):
+            yield f"{name}: unknown format {matrix['format']!r}, must be one of {', '.join(get_args(Format))}"
+        elif type(matrix["rank"]) is not int or matrix["rank"] < 1:
+            yield f"{name}: rank {matrix['rank']!r} must be an integer of at least 1"
+
+
+def read_config(folder: Path) -> SpectrimConfig:
+    """The checked ``quantization_config`` of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}; a checkpoint's folder is required") from None
+    if not isinstance(config, Mapping) or config.get("quant_method") != METHOD:
+        raise CheckpointError(f"{folder}: config.json has no Spectrim quantization_config; a checkpoint is required")
+    return SpectrimConfig(**config)
+
+
+def headers(files: Iterable[Path]) -> dict[str, Entry]:
+    """name -> Entry of every tensor in safetensors ``files``; no tensor is read.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or not safetensors, or two files hold the same tensor.
+    """
+    entries: dict[str, Entry] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    piece = opened.get_slice(name)
+                    if name in entries:
+                        raise CheckpointError(f"{name}: stored twice, in {entries[name].file} and {file}; remove one")
+                    entries[name] = Entry(piece.get_dtype(), tuple(piece.get_shape()), file)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise CheckpointError(
+                f"{file}: missing, truncated or not safetensors ({error}); fetch or build it again"
+            ) from error
+    return entries
+
+
+def check_half(entries: Mapping[str, Entry], half: torch.dtype) -> None:
+    """Raise CheckpointError unless all 16-bit tensors but scales have the dtype of the checkpoint.
+
+    float16 and bfloat16 have one size: without this a changed header would give another model.
+    """
+    for name, entry in entries.items():
+        if CODES.get(entry.dtype) in {*HALF.values()} - {half} and not name.endswith("_scale"):
+            raise CheckpointError(
+                f"{name}: is {entry.dtype}, stored_dtype of the checkpoint is {str(half).removeprefix('torch.')}; "
+                "build or fetch the checkpoint again"
+            )
+
+
+def check_matrix(name: str, matrix: Matrix, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, int]:
+    """The dense shape (out, in) of a stored matrix, whose tensors must be exactly those of its format.
+
+    Args:
+        name: of the linear.
+        matrix: format and rank it claims to have.
+        found: suffix -> dtype code and shape of each tensor, the bias apart.
+
+    Raises:
+        CheckpointError: a tensor is missing, unlisted, or of another dtype or shape, or the rank above both sides.
+    """
+    out_features, in_features = (
+        max(size, 1) for size in _dense_shape(matrix, found)
+    )  # 0: what is missing is said below
+    expected = stored_tensors(matrix.format, out_features, in_features, matrix.rank)
+    for suffix in sorted(expected.keys() | found.keys()):
+        if suffix not in found or suffix not in expected:
+            state = "missing" if suffix not in found else "not part of the format"
+            raise CheckpointError(f"{name}.{suffix}: {state} ({matrix.format}); build or fetch the checkpoint again")
+        (code, shape), (wanted, dtype) = found[suffix], expected[suffix]
+        if shape != wanted or CODES.get(code) not in ([dtype] if dtype else HALF.values()):
+            kind = str(dtype or "16-bit").removeprefix("torch.")
+            raise CheckpointError(
+                f"{name}.{suffix}: is {code} {shape}, {matrix.format} of rank {matrix.rank} requires {kind} {wanted}; "
+                "build or fetch the checkpoint again"
+            )
+    if matrix.rank > min(out_features, in_features):
+        raise CheckpointError(
+            f"{name}: rank {matrix.rank} of a ({out_features}, {in_features}) weight; must lie in 1..its shorter side; "
+            "build or fetch the checkpoint again"
+        )
+    return out_features, in_features
+
+
+def _dense_shape(matrix: Matrix, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, int]:
+    """(out, in) as the tensors of a matrix have it, which may not be those of its format."""
+    weight = found["weight"][1] if "weight" in found else ()
+    if matrix.format == "dense" and len(weight) == 2:
+        return weight[0], weight[1]
+    if matrix.format in ROUNDED and len(weight) == 3:
+        return weight[0], weight[1] * weight[2] * 8 // ROUNDED[matrix.format]
+    rows = [
+        sum(shape[0] for key, (_, shape) in found.items() if shape and key in (side, f"{side}_tail")) for side in SIDES
+    ]
+    pivots = matrix.rank if matrix.format in ("pifa", "pifa_int8") else 0  # they need no row of coefficients
+    return rows[0] + pivots, rows[1]
+
+
+def by_module(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
+    """module name -> suffix -> Entry, biases left out."""
+    modules: dict[str, dict[str, Entry]] = {}
+    for name, entry in entries.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix != "bias":
+            modules.setdefault(module, {})[suffix] = entry
+    return modules
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, sorted.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: holds no .safetensors file; a model folder with safetensors is required")
+    return files
+
+
+def read_bytes(folder: str | Path) -> dict[str, Any]:
+    """What a checkpoint takes, from its files' headers alone: bytes of the files and of the listed matrices.
+
+    Returns:
+        ``{"file": all safetensors files, "linears": tensors of the listed matrices without biases,
+        "dense_linears_16bit": 2·Σ out·in of them, "ratio": linears / dense_linears_16bit}``
+
+    Raises:
+        CheckpointError: not a Spectrim checkpoint, or a tensor of it is missing.
+    """
+    folder = Path(folder)
+    files, config = weight_files(folder), read_config(folder)
+    entries = headers(files)
+    check_half(entries, HALF[config.stored_dtype])
+    modules = by_module(entries)
+    linears = dense = 0
+    for name, matrix in config.listed.items():
+        found = modules.get(name, {})
+        dense += dense_bytes(*check_matrix(name, matrix, {suffix: entry[:2] for suffix, entry in found.items()}))
+        linears += sum(CODES[entry.dtype].itemsize * prod(entry.shape) for entry in found.values())
+    size = sum(file.stat().st_size for file in files)
+    return {"file": size, "linears": linears, "dense_linears_16bit": dense, "ratio": linears / dense}

@@ -1,0 +1,204 @@
+"""``AutoModelForCausalLM.from_pretrained`` for Spectrim checkpoints: the registration with transformers.
+
+Importing this file registers the format; ``import spectrim`` arranges for that. Every listed linear is replaced by a
+``StoredLinear`` on the meta device before transformers reads the weights, after the files' keys, shapes and dtypes
+have been compared with the model's: what transformers itself only warns about is an error here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from spectrim.checkpoint.layout import HALF, METHOD, Entry, SpectrimConfig, by_module, check_half, check_matrix, headers
+from spectrim.errors import CheckpointError
+from spectrim.formats.lowrank_linear import LowRankLinear
+from spectrim.formats.quantized_linear import QuantizedLinear
+from spectrim.formats.shared_input import share
+from spectrim.formats.stored_linear import StoredLinear, stored_tensors
+from spectrim.maths.budget import Format
+from spectrim.models.modules import replace, same_input
+
+if TYPE_CHECKING:  # this file is loaded while transformers itself is being imported
+    from transformers import PreTrainedModel
+
+register_quantization_config(METHOD)(SpectrimConfig)
+
+
+@register_quantizer(METHOD)
+class SpectrimQuantizer(HfQuantizer):
+    """Loads and saves Spectrim checkpoints; transformers calls it, nobody else needs to.
+
+    ``save_pretrained`` stores a model of a 16-bit dtype in that. Of a float32 model it rounds the tensors of the listed
+    matrices to the checkpoint's 16-bit dtype, which they had in the file, and stores any other one in 16 bit exactly
+    when that loses nothing.
+    """
+
+    requires_calibration = True  # a dense model is compressed by the pipeline, not while it loads
+    quantization_config: SpectrimConfig
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # 16-bit factors themselves, and adapters beside any format: gradients reach every input
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if model.dtype in HALF.values():  # loaded or cast to it, and all 16-bit tensors of a file are of one dtype
+            self.quantization_config.stored_dtype = str(model.dtype).removeprefix("torch.")
+            model.config.quantization_config = self.quantization_config
+        half = HALF[self.quantization_config.stored_dtype]
+        lossy = set()
+        for name, matrix in self.quantization_config.listed.items():
+            lossy |= {f"{name}.{suffix}" for suffix in _half_suffixes(matrix.format)}
+        return _in_half(model.state_dict(), half, lossy), {}
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **_: Any
+    ) -> None:
+        if checkpoint_files is None or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            raise CheckpointError(
+                f"{type(model).__name__}: a Spectrim checkpoint is loaded from the safetensors files of its folder, "
+                "not from a state_dict or another file"
+            )
+        files = [Path(file) for file in checkpoint_files]
+        _require_inside(files, model.name_or_path)
+        entries = headers(files)
+        check_half(entries, HALF[self.quantization_config.stored_dtype])
+        self._replace_linears(model, entries)
+        _check_keys(model, entries)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        # transformers forbids quantized models half() and float(); here integers and scales stay as they are
+        setattr(model, "is_quantized", False)  # noqa: B010 - nn.Module declares every attribute a tensor or a module
+        for module in model.modules():
+            if isinstance(module, StoredLinear):
+                offloaded = hasattr(module, "_hf_hook")  # accelerate puts the files' tensors into place for each call
+                module.lay_out(None if offloaded else model.dtype)
+        share(same_input(model))
+        return model
+
+    def _replace_linears(self, model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
+        modules = by_module(entries)
+        for name, matrix in self.quantization_config.listed.items():
+            try:
+                linear = model.get_submodule(name)
+            except AttributeError:
+                linear = None
+            if type(linear) is not nn.Linear:
+                raise CheckpointError(
+                    f"{name}: the checkpoint lists this linear, {type(model).__name__} has {type(linear).__name__}; "
+                    "load it with the class in config.json's architectures, such as AutoModelForCausalLM"
+                )
+            found = {suffix: entry[:2] for suffix, entry in modules.get(name, {}).items()}
+            shape = check_matrix(name, matrix, found)
+            if shape != (linear.out_features, linear.in_features):
+                raise CheckpointError(f"{name}: stored weight {shape}, the model requires {tuple(linear.weight.shape)}")
+            if matrix.format == "dense":
+                continue
+            weight, has_bias = linear.weight, linear.bias is not None
+            kind = QuantizedLinear if matrix.format in QuantizedLinear.formats else LowRankLinear
+            module = kind(*shape[::-1], matrix.rank, matrix.format, has_bias, device=weight.device, dtype=weight.dtype)
+            replace(model, name, module)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # transformers passes on what it was given, "float16" as well as torch.float16
+        chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        return _plain_linears(model, chosen)
+
+
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` with its weight in a plain ``nn.Linear`` for every matrix in a storage format, changed in place.
+
+    Products are formed in float32 and stored in the model's dtype; biases stay. What remains is an ordinary model that
+    ``save_pretrained`` writes without a trace of Spectrim, with the bytes of the dense model.
+    """
+    _plain_linears(model, model.dtype)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, SpectrimQuantizer):
+        quantizer.remove_quantization_config(model)
+    return model
+
+
+def _plain_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    for name, module in [item for item in model.named_modules() if isinstance(item[1], StoredLinear)]:
+        linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        linear.weight = nn.Parameter(module.dense_weight().detach().to(dtype))
+        linear.bias = module.bias
+        replace(model, name, linear.train(module.training))
+    return model
+
+
+def _half_suffixes(format: Format) -> set[str]:
+    """The tensors of a format that are 16-bit in the file, whatever the shape of the matrix."""
+    shapes = ((1, 2), (2, 1))  # each side is the longer one once
+    stored = [
+        item
+        for out_features, in_features in shapes
+        for item in stored_tensors(format, out_features, in_features, 1).items()
+    ]
+    return {suffix for suffix, tensor in stored if tensor.dtype is None}
+
+
+def _in_half(state: Mapping[str, Tensor], half: torch.dtype, lossy: set[str]) -> dict[str, Tensor]:
+    """``state`` with float32 tensors in ``half`` where that is exact or the name is in ``lossy``; ties stay ties."""
+    done: dict[tuple[int, torch.Size], Tensor] = {}
+    result = {}
+    for name, tensor in state.items():
+        if tensor.dtype != torch.float32 or tensor.is_meta or name.endswith("_scale"):
+            result[name] = tensor.contiguous()  # safetensors takes no other
+            continue
+        tie = (tensor.data_ptr(), tensor.shape)
+        if tie not in done:
+            narrow = tensor.to(half)
+            done[tie] = (narrow if name in lossy or torch.equal(narrow.float(), tensor) else tensor).contiguous()
+        result[name] = done[tie]
+    return result
+
+
+def _require_inside(files: Iterable[Path], folder: str | None) -> None:
+    """A local checkpoint's index may name files of its own folder only; a hub's files are where its cache puts them."""
+    if not folder or not Path(folder).is_dir():
+        return
+    for file in files:
+        if file.parent.resolve() != Path(folder).resolve():
+            raise CheckpointError(
+                f"{file}: outside the checkpoint's folder {folder}; its index must name its own files"
+            )
+
+
+def _check_keys(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
+    """Every tensor of the model must be in the files and the reverse, under the names transformers gives them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    expected = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
+    converters = [item for item in mapping if isinstance(item, WeightConverter)]
+    found = set()
+    for name in entries:
+        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+        found.add(name if renamed not in expected and name in expected else renamed)
+    missing = expected.keys() - found - model.all_tied_weights_keys.keys()
+    missing = _unmatched(missing, model._keys_to_ignore_on_load_missing)
+    unexpected = _unmatched(found - expected.keys(), model._keys_to_ignore_on_load_unexpected)
+    if missing or unexpected:
+        listed = [f"missing {name}" for name in sorted(missing)] + [f"unexpected {name}" for name in sorted(unexpected)]
+        more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+        raise CheckpointError(
+            f"{type(model).__name__}: the files' tensors are not the model's: {', '.join(listed[:8])}{more}; build or "
+            "fetch the checkpoint again, and load it with the class in config.json's architectures"
+        )
+
+
+def _unmatched(names: Iterable[str], patterns: Iterable[str] | None) -> set[str]:
+    return {name for name in names if not any(re.search(pattern, name) for pattern in patterns or ())}

@@ -1,0 +1,267 @@
+"""Factors and a dense model's folder -> a Spectrim checkpoint; the format is specified in checkpoint.py."""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
+from safetensors import safe_open
+from torch import Tensor
+
+from spectrim.checkpoint.layout import (
+    CODES,
+    METHOD,
+    VERSION,
+    Entry,
+    Matrix,
+    SpectrimConfig,
+    check_matrix,
+    headers,
+    read_bytes,
+    weight_files,
+)
+from spectrim.errors import CheckpointError
+from spectrim.formats.stored_linear import stored_tensors
+from spectrim.maths.budget import RESIDUAL, ROUNDED, Format, dense_bytes, group_size
+from spectrim.maths.factor_rounding import round_factors
+from spectrim.maths.lowrank import Factors
+from spectrim.maths.pivoting import pivot
+from spectrim.maths.quantization import Quantized, balance, pack_int4, principal
+
+PIVOTING = ("condition", "exchanges")
+"""What ``maths.pivoting.Pivoted`` has to say of a choice of rows."""
+
+
+class Packed(NamedTuple):
+    """One matrix as it is stored.
+
+    ``tensors``: suffix -> tensor, as ``stored_tensors`` lays them out. ``facts``: what spectrim.json is to say of it,
+    PIVOTING of pivoted rows.
+    """
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, float] = {}
+
+
+def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16, gram: Tensor | None = None) -> Packed:
+    """left @ right in ``format``.
+
+    The norm of each direction is shared equally by both factors first, and directions that become integers are made
+    orthogonal; neither changes the product.
+
+    Args:
+        factors: left (out, rank), right (rank, in), floating point.
+        format: one of ``budget.FACTORED``.
+        dtype: 16-bit dtype of what is not int8.
+        gram: of the inputs, (in, in); with it the left factor makes up for what int8 has changed in the right one.
+
+    Raises:
+        CheckpointError: a value does not fit ``dtype``.
+        NumericalError: a value is not finite.
+    """
+    out, in_, extra, facts = factors.left.shape[0], factors.right.shape[1], dict[str, Tensor](), dict[str, float]()
+    if format in ("pifa", "pifa_int8"):
+        pivoted = pivot(factors)
+        extra, facts = {"order": pivoted.order}, {name: getattr(pivoted, name) for name in PIVOTING}
+        factors = Factors(pivoted.coefficients, pivoted.rows)
+    else:
+        factors = balance(factors) if format == "float16" else principal(factors)
+    if format in ("pifa", "float16"):
+        sides = {"weight": factors.right.mT, "left": factors.left}
+        return Packed({name: narrow(side, dtype).contiguous() for name, side in sides.items()} | extra, facts)
+    stored = stored_tensors(format, out, in_, len(factors.right))
+    heads = (stored["left"].shape[0], stored["weight"].shape[0])  # int8 rows of either factor
+    return Packed(_int8(factors, "weight", dtype, heads, gram) | extra, facts)
+
+
+def pack_rounded(rounded: Quantized, format: Format, residual: Factors | None = None) -> Packed:
+    """A rounded weight in ``format``, with int8 factors of what rounding lost if it has them.
+
+    Args:
+        rounded: symmetric, of the format's bits, in groups of ``budget.group_size``.
+        residual: left (out, rank), right (rank, in).
+
+    Raises:
+        CheckpointError: the groups are not the format's, or it has factors and there are none.
+    """
+    size = group_size(ROUNDED[format], rounded.values.shape[1])
+    if rounded.group_size != size or (residual is None) == (format in RESIDUAL):
+        raise CheckpointError(
+            f"{format} of {rounded.values.shape[1]} inputs: groups of {rounded.group_size} and "
+            f"{'no ' if residual is None else ''}factors; required: groups of {size}, factors in *_residual alone"
+        )
+    values = rounded.values.unflatten(1, (-1, size))
+    packed = {"weight": pack_int4(values) if ROUNDED[format] == 4 else values, "weight_scale": rounded.scale}
+    return Packed(packed if residual is None else packed | _int8(principal(residual), "right"))
+
+
+def half_dtype(folder: Path) -> torch.dtype:
+    """The 16-bit dtype in which a dense model's matrices are stored: its own, or float16 where it has none."""
+    dtypes = {entry.dtype for entry in headers(weight_files(folder)).values()}
+    return torch.bfloat16 if "BF16" in dtypes else torch.float16
+
+
+def assemble(
+    source: Path,
+    destination: Path,
+    packed: Mapping[str, Packed],
+    matrices: Mapping[str, Matrix],
+    *,
+    ratio_target: float,
+    provenance: Mapping[str, Any],
+    max_shard_size: str = "2GB",
+    skip: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Write the checkpoint of the dense model in ``source`` with ``matrices`` replaced into the folder ``destination``.
+
+    Equal arguments give equal bytes.
+
+    Args:
+        source: Hugging Face folder of the dense model; its files are copied, its other tensors bit for bit.
+        destination: an empty or new folder.
+        packed: linear name -> every matrix that is not dense.
+        matrices: every compressible linear, dense ones included.
+        ratio_target: the ratio that was asked for; it is recorded only.
+        provenance: JSON-able facts about sources, parameters and code, recorded in spectrim.json.
+        max_shard_size: such as ``2GB``.
+        skip: names of files in ``source`` that are not part of the model.
+
+    Returns:
+        what ``read_bytes`` measures on the written files.
+
+    Raises:
+        CheckpointError: a matrix is not in ``source``, its tensors are not those of its format, or the size is no size.
+    """
+    half = half_dtype(source)
+    tensors = {name: read_tensor(entry, name) for name, entry in headers(weight_files(source)).items()}
+    stored: dict[str, Packed] = {}
+    for name, matrix in matrices.items():
+        if f"{name}.weight" not in tensors:
+            raise CheckpointError(f"{name}: {source} has no tensor {name}.weight; rebuild the prepared model")
+        weight = tensors.pop(f"{name}.weight")
+        dense = matrix.format == "dense"
+        stored[name] = Packed({"weight": narrow(weight, half)}) if dense else packed.get(name, Packed({}))
+        shape = check_matrix(name, matrix, _described(stored[name].tensors))
+        if shape != weight.shape:
+            raise CheckpointError(f"{name}: factors of a {shape} weight, the dense weight is {tuple(weight.shape)}")
+    return write_checkpoint(
+        source, destination, tensors, stored, matrices, half,
+        ratio_target=ratio_target, provenance=provenance, max_shard_size=max_shard_size, skip=skip,
+    )  # fmt: skip
+
+
+def write_checkpoint(
+    source: Path,
+    destination: Path,
+    others: Mapping[str, Tensor],
+    stored: Mapping[str, Packed],
+    matrices: Mapping[str, Matrix],
+    half: torch.dtype,
+    *,
+    ratio_target: float,
+    provenance: Mapping[str, Any],
+    max_shard_size: str = "2GB",
+    skip: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Write a checkpoint of the stored tensors of every matrix and all ``others``; see ``assemble``.
+
+    Args:
+        source: folder whose config.json and other files are taken over.
+        others: every tensor of the model that belongs to none of the matrices, by its name.
+        stored: linear name -> every matrix, dense ones included.
+        half: the 16-bit dtype of the checkpoint.
+
+    Raises:
+        CheckpointError: the tensors of a matrix are not those of its format, or the size is no size.
+    """
+    tensors, table, n_dense = dict(others), {}, 0
+    for name, matrix in matrices.items():
+        parts, facts = stored[name]
+        n_dense += dense_bytes(*check_matrix(name, matrix, _described(parts)))
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in parts.items()}
+        table[name] = {**matrix._asdict(), "bytes": sum(part.nbytes for part in parts.values()), **facts}
+    ratio = sum(row["bytes"] for row in table.values()) / n_dense
+    destination.mkdir(parents=True, exist_ok=True)
+    _save(tensors, destination, max_shard_size)
+    _copy_rest(source, destination, {*skip, "config.json", "spectrim.json"})
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = SpectrimConfig(
+        quant_method=METHOD,
+        version=VERSION,
+        ratio=ratio,
+        stored_dtype=str(half).removeprefix("torch."),
+        matrices={name: matrix._asdict() for name, matrix in matrices.items()},
+    ).to_dict()
+    _write_json(destination / "config.json", config)
+    measured = read_bytes(destination)
+    about = {"provenance": provenance, "ratio": {"target": ratio_target, "file": ratio}, "bytes": measured}
+    _write_json(destination / "spectrim.json", {**about, "matrices": table})
+    return measured
+
+
+def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in a 16-bit dtype.
+
+    Raises:
+        CheckpointError: a value does not fit.
+    """
+    rounded = tensor.to(dtype)
+    if not rounded.isfinite().all():
+        raise CheckpointError(
+            f"a weight of {tensor.abs().max():.3g} does not fit {dtype}, whose largest number is "
+            f"{torch.finfo(dtype).max:.3g}; set prepare.stored_dtype to bfloat16"
+        )
+    return rounded
+
+
+def _int8(
+    factors: Factors,
+    right: str,
+    dtype: torch.dtype = torch.float16,
+    heads: tuple[int, int] | None = None,
+    gram: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Both factors in int8 with their scales, all rows or the first ``heads``; ``right`` names the right one."""
+    found = round_factors(factors, heads or (len(factors.left), factors.right.shape[1]), gram)
+    packed: dict[str, Tensor] = {}
+    for name, side in {"left": found.left, right: found.right}.items():
+        packed |= {name: side.values.contiguous(), f"{name}_scale": side.scale}
+        if len(side.tail):
+            packed[f"{name}_tail"] = narrow(side.tail, dtype).contiguous()
+    return packed
+
+
+def read_tensor(entry: Entry, name: str) -> Tensor:
+    """One tensor of a checkpoint's files."""
+    with safe_open(entry.file, framework="pt") as opened:
+        return opened.get_tensor(name)
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """suffix -> dtype code and shape, as ``checkpoint.headers`` has them."""
+    codes = {dtype: code for code, dtype in CODES.items()}
+    return {name: (codes.get(part.dtype, str(part.dtype)), tuple(part.shape)) for name, part in tensors.items()}
+
+
+def _save(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: str) -> None:
+    state = dict(sorted(tensors.items()))
+    try:
+        split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise CheckpointError(f"max_shard_size {max_shard_size!r}: {error}; give a number and KB, MB or GB") from error
+    save_torch_state_dict(state, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+
+
+def _copy_rest(source: Path, destination: Path, skip: set[str]) -> None:
+    for item in sorted(source.iterdir()):
+        if item.name in skip or item.name.endswith((".safetensors", ".safetensors.index.json")):
+            continue
+        copy = shutil.copytree if item.is_dir() else shutil.copyfile
+        copy(item, destination / item.name)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")

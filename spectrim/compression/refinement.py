@@ -1,0 +1,208 @@
+"""Factors trained until the compressed model predicts what the dense model predicts.
+
+    min over the factors of  Σ_t [ λ KL(p_t ‖ q_t) + (1 − λ) (−log q_t[x_{t+1}]) ]
+
+p_t and q_t are the next-token distributions of the dense and of the compressed model on the calibration windows, λ the
+``kl_weight``. Everything but the factors stays as it is: norms, embeddings, biases and the matrices left dense. The
+closed form starts it, AdamW with a linear warm-up and a cosine descent ends it. What the next step depends on is in
+``Refinement.state``, so that a run may be killed and continued with the same bits.
+
+Source: distillation, Hinton et al. 2015, arXiv:1503.02531; on the factors of a truncated model, AA-SVD 2026,
+arXiv:2604.02119.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from spectrim.errors import NumericalError
+from spectrim.formats.lowrank_linear import LowRankLinear
+from spectrim.maths.losses import divergence, token_loss
+from spectrim.maths.lowrank import Factors
+from spectrim.maths.quantization import balance
+from spectrim.maths.sampling import in_rounds
+from spectrim.maths.schedule import BETAS, course
+from spectrim.models.blocks import logits
+from spectrim.models.modules import decoder_blocks, replace
+
+CLIP = 1.0  # norm of the gradient over all factors
+PARTS = ("parameter", "mean", "square")  # of a run's state
+POSITIONS = 128  # whose predictions are in memory at once: a vocabulary is 100 times as wide as the hidden states
+
+
+def attach(model: nn.Module, factors: Mapping[str, Factors]) -> dict[str, LowRankLinear]:
+    """Put float32 factors in the place of the linears of their names; only they can be trained afterwards.
+
+    The norm of each direction is shared by both factors first, so that one learning rate suits both.
+
+    Args:
+        model: changed in place.
+        factors: linear name -> left (out, rank), right (rank, in).
+    """
+    model.requires_grad_(False)
+    modules = {}
+    for name, pair in factors.items():
+        linear: Any = model.get_submodule(name)
+        even = balance(Factors(*(part.to(linear.weight.device, torch.float32) for part in pair)))
+        modules[name] = LowRankLinear.from_factors(even, linear.bias)
+        if (bias := modules[name].bias) is not None:
+            bias.requires_grad_(False)
+        replace(model, name, modules[name])
+    return modules
+
+
+def checkpoint_blocks(model: PreTrainedModel) -> None:
+    """Let every decoder block of ``model`` forget its activations and compute them again for its gradient.
+
+    transformers' own switch works in training mode only, which brings dropout with it.
+    """
+    for block in decoder_blocks(model)[1]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+class Refinement:
+    """A training run over the factors of ``model``; ``advance`` takes one step, ``state`` is all it depends on.
+
+    Args:
+        model: with its factors attached. Its head is the dense model's too, since refinement leaves it as it is.
+        modules: linear name -> its module, as ``attach`` returns them.
+        windows: (windows, seq) int64; each step takes ``batch_size`` of them in a seeded order, every window once
+            before any comes again.
+        expected: what leaves the dense model's last block for them, (windows, seq, hidden).
+        steps: of the whole run; the learning rate's course depends on it.
+        learning_rate: its peak, for factors with even norms.
+        kl_weight: λ; 1 learns from the dense model alone, 0 from the text alone.
+        seed: of the order of the windows.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        modules: Mapping[str, LowRankLinear],
+        windows: Tensor,
+        expected: Tensor,
+        *,
+        steps: int,
+        batch_size: int,
+        learning_rate: float,
+        kl_weight: float,
+        seed: int,
+    ) -> None:
+        self.model, self.windows, self.expected = model, windows, expected
+        self.steps, self.batch_size, self.kl_weight = steps, batch_size, kl_weight
+        self.step = 0
+        self.parameters = {
+            f"{name}.{side}": parameter
+            for name, module in modules.items()
+            for side, parameter in (("left", module.left), ("weight", module.weight))
+        }
+        self._blocks = decoder_blocks(model)[1]
+        self._optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=learning_rate, betas=BETAS, weight_decay=0.0, fused=True
+        )
+        self._peak = learning_rate
+        self._order = in_rounds(len(windows), steps * batch_size, seed)
+
+    def advance(self) -> float:
+        """One step; returns its loss in nats per token before the step.
+
+        Raises:
+            NumericalError: the loss is not finite.
+        """
+        chosen = self._order[self.step * self.batch_size : (self.step + 1) * self.batch_size]
+        device = next(iter(self.parameters.values())).device
+        tokens, expected = self.windows[chosen].to(device), self.expected[chosen].to(device)
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            hidden, as_tuple = leaving(self.model, tokens)
+            loss, gradient = self.loss_and_gradient(tokens, expected, hidden.detach(), as_tuple)
+        if not math.isfinite(loss):
+            raise NumericalError(f"refinement step {self.step}: the loss is {loss}; lower refinement.learning_rate")
+        hidden.backward(gradient)
+        nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._peak * course(self.step, self.steps)
+        self._optimizer.step()
+        self.step += 1
+        return loss
+
+    def loss_and_gradient(
+        self, tokens: Tensor, expected: Tensor, hidden: Tensor, as_tuple: bool
+    ) -> tuple[float, Tensor]:
+        """mean_t λ KL(p_t ‖ q_t) + mean_t (1 − λ) (−log q_t[x_{t+1}]) and its gradient by ``hidden``.
+
+        The second mean is over the positions that have a next token. Logits exist for POSITIONS positions at a time.
+
+        Args:
+            tokens: (batch, seq).
+            expected, hidden: what leaves the last block of the dense and of the compressed model, (batch, seq, hidden).
+            as_tuple: see ``blocks.logits``.
+        """
+        leaf, seq_len, total = hidden.requires_grad_(), hidden.shape[1], 0.0
+        for start in range(0, seq_len, POSITIONS):
+            part = slice(start, start + POSITIONS)
+            following = tokens[:, start + 1 : start + 1 + POSITIONS]
+            predicted = logits(self.model, self._blocks, tokens[:, part], leaf[:, part], as_tuple)
+            loss = predicted.new_zeros((), dtype=torch.float32)
+            if self.kl_weight:
+                with torch.no_grad():
+                    teacher = logits(self.model, self._blocks, tokens[:, part], expected[:, part], as_tuple)
+                loss = loss + self.kl_weight * predicted.shape[1] / seq_len * divergence(predicted, teacher)
+            if self.kl_weight < 1 and following.shape[1]:
+                share = following.shape[1] / (seq_len - 1)
+                loss = loss + (1 - self.kl_weight) * share * token_loss(predicted[:, : following.shape[1]], following)
+            if loss.requires_grad:  # the last position has no next token
+                loss.backward()
+            total += loss.item()
+        assert leaf.grad is not None
+        return total, leaf.grad
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """PARTS -> factor's name -> tensor on the CPU: the factors, and AdamW's moments, which step 0 does not have.
+
+        They are the run's own tensors where it is on the CPU: save or copy them before the next step.
+        """
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+        for name, parameter in self.parameters.items():
+            parts["parameter"][name] = parameter.detach().cpu()
+            if moments := self._optimizer.state.get(parameter):
+                parts["mean"][name], parts["square"][name] = moments["exp_avg"].cpu(), moments["exp_avg_sq"].cpu()
+        return parts
+
+    def restore(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+        """Go on after ``step`` steps from what ``state`` returned then."""
+        self.step = step
+        for name, parameter in self.parameters.items():
+            with torch.no_grad():
+                parameter.copy_(state["parameter"][name])
+            if step:
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step), device=parameter.device),
+                    # in the parameter's order in memory, which the fused kernel goes by
+                    "exp_avg": torch.empty_like(parameter, requires_grad=False).copy_(state["mean"][name]),
+                    "exp_avg_sq": torch.empty_like(parameter, requires_grad=False).copy_(state["square"][name]),
+                }
+
+    def factors(self) -> dict[str, Factors]:
+        """The factors as they are now: linear name -> left (out, rank), right (rank, in), float32, on the CPU."""
+        names = dict.fromkeys(name.rpartition(".")[0] for name in self.parameters)
+        sides = {name: value.detach().cpu() for name, value in self.parameters.items()}
+        return {name: Factors(sides[f"{name}.left"], sides[f"{name}.weight"].mT) for name in names}
+
+
+def leaving(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, bool]:
+    """What leaves the last block for tokens (batch, seq), (batch, seq, hidden), and whether blocks return tuples."""
+    left: list[Any] = []
+    handle = decoder_blocks(model)[1][-1].register_forward_hook(lambda module, args, output: left.append(output))
+    try:
+        model.base_model(input_ids=tokens, use_cache=False)
+    finally:
+        handle.remove()
+    as_tuple = isinstance(left[0], tuple)
+    return (left[0][0] if as_tuple else left[0]), as_tuple

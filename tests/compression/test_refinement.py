@@ -1,0 +1,168 @@
+"""Refinement minimises what it says, touches nothing but the factors, and continues with the same bits."""
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from spectrim.compression import refinement as refinement_module
+from spectrim.compression.refinement import Refinement, attach, checkpoint_blocks, leaving
+from spectrim.errors import NumericalError
+from spectrim.formats.lowrank_linear import LowRankLinear
+from spectrim.maths.losses import divergence as mean_divergence
+from spectrim.maths.losses import next_token_loss
+from spectrim.maths.lowrank import Factors
+from spectrim.models.modules import compressible_linears
+from tests import reference, tiny
+
+WINDOWS = torch.randint(2, 200, (6, 16), generator=torch.Generator().manual_seed(1))
+SETTINGS = {"steps": 6, "batch_size": 2, "learning_rate": 3e-3, "kl_weight": 1.0, "seed": 0}
+
+
+def svd_factors(model: torch.nn.Module, share: float = 0.3) -> dict[str, Factors]:
+    factors = {}
+    for name, linear in compressible_linears(model).items():
+        u, s, v = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
+        rank = max(1, int(share * len(s)))
+        factors[name] = Factors((u * s)[:, :rank], v[:rank])
+    return factors
+
+
+def student(family: str = "llama") -> tuple[PreTrainedModel, dict[str, LowRankLinear]]:
+    model = tiny.model(family)
+    return model, attach(model, svd_factors(model))
+
+
+def refinement(family: str = "llama", **changes: float) -> Refinement:
+    model, modules = student(family)
+    with torch.no_grad():
+        expected, _ = leaving(tiny.model(family), WINDOWS)
+    return Refinement(model, modules, WINDOWS, expected, **{**SETTINGS, **changes})  # type: ignore[arg-type]
+
+
+def divergence(run: Refinement) -> float:
+    with torch.no_grad():
+        teacher, logits = (
+            model(input_ids=WINDOWS, use_cache=False).logits for model in (tiny.model("llama"), run.model)
+        )
+        return float(mean_divergence(logits, teacher))
+
+
+@pytest.mark.parametrize("kl_weight", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+@pytest.mark.parametrize("positions", [1, 5, 16])
+def test_the_loss_in_parts_is_that_of_the_whole_logits(
+    kl_weight: float, family: str, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refinement_module, "POSITIONS", positions)
+    run, dense = refinement(family, kl_weight=kl_weight), tiny.model(family)
+    tokens = WINDOWS[:2]
+    hidden, as_tuple = leaving(run.model, tokens)
+    found, gradient = run.loss_and_gradient(tokens, run.expected[:2], hidden.detach(), as_tuple)
+    teacher, student = (model(input_ids=tokens, use_cache=False).logits for model in (dense, run.model))
+    assert found == pytest.approx(
+        reference.distillation_loss(student.detach(), teacher.detach(), tokens, kl_weight), abs=1e-5
+    )
+    whole = kl_weight * mean_divergence(student, teacher.detach()) + (1 - kl_weight) * next_token_loss(student, tokens)
+    wanted = torch.autograd.grad(whole, list(run.parameters.values()))
+    hidden.backward(gradient)
+    for parameter, expected in zip(run.parameters.values(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_attached_factors_are_the_truncated_weights(family: str) -> None:
+    model, expected = tiny.model(family), tiny.model(family)
+    factors = svd_factors(model)
+    with torch.no_grad():
+        for name, pair in factors.items():
+            expected.get_submodule(name).weight.copy_(pair.left @ pair.right)
+    modules = attach(model, factors)
+    torch.testing.assert_close(model(WINDOWS).logits, expected(WINDOWS).logits, rtol=1e-4, atol=1e-4)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{name}.{side}" for name in modules for side in ("left", "weight")}
+
+
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_refinement_changes_the_factors_only(family: str) -> None:
+    run = refinement(family)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    for _ in range(2):
+        run.advance()
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != (name in run.parameters), name
+
+
+@pytest.mark.parametrize("kl_weight", [1.0, 0.5, 0.0])
+def test_refinement_comes_closer_to_the_dense_model(kl_weight: float) -> None:
+    run = refinement(kl_weight=kl_weight, steps=30)
+    before = divergence(run)
+    losses = [run.advance() for _ in range(30)]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    if kl_weight == 1:
+        assert divergence(run) < 0.8 * before
+
+
+def test_a_vanishing_rate_learns_nothing() -> None:
+    run = refinement(learning_rate=1e-12)
+    before = divergence(run)
+    run.advance()
+    assert divergence(run) == pytest.approx(before, abs=1e-6)
+
+
+def assert_same(first: Refinement, second: Refinement) -> None:
+    """Two runs have the same factors and moments, bit for bit."""
+    for part, tensors in first.state().items():
+        assert tensors.keys() == second.state()[part].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, second.state()[part][name]), (part, name)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4])
+def test_a_continued_run_has_the_same_bits(stop: int) -> None:
+    whole, first = refinement(), refinement()
+    losses = [whole.advance() for _ in range(6)]
+    begun = [first.advance() for _ in range(stop)]
+    second = refinement()
+    second.restore(first.state(), stop)
+    assert begun + [second.advance() for _ in range(6 - stop)] == losses
+    assert_same(whole, second)
+
+
+def test_without_its_moments_the_run_would_be_another() -> None:
+    first, second = refinement(), refinement()
+    first.advance()
+    state = first.state()
+    second.restore(state | {"square": {name: 0 * value for name, value in state["square"].items()}}, 1)
+    first.advance()
+    second.advance()
+    with pytest.raises(AssertionError):
+        assert_same(first, second)
+
+
+def test_checkpointing_changes_no_bit() -> None:
+    plain, frugal = refinement(), refinement()
+    checkpoint_blocks(frugal.model)  # type: ignore[arg-type]
+    assert [plain.advance() for _ in range(2)] == [frugal.advance() for _ in range(2)]
+    assert_same(plain, frugal)
+
+
+def test_factors_are_those_of_the_model() -> None:
+    run = refinement()
+    run.advance()
+    for name, pair in run.factors().items():
+        module = run.model.get_submodule(name)
+        assert torch.equal(pair.left, module.left) and torch.equal(pair.right, module.weight.T)
+
+
+def test_every_window_comes_before_any_comes_again() -> None:
+    run = refinement()
+    assert sorted(run._order[:6].tolist()) == sorted(run._order[6:].tolist()) == list(range(6))
+    assert run._order[:6].tolist() != run._order[6:].tolist()
+
+
+def test_a_diverged_run_says_so() -> None:
+    run = refinement()
+    with torch.no_grad():
+        next(iter(run.parameters.values())).fill_(float("nan"))
+    with pytest.raises(NumericalError, match=r"refinement step 0: the loss is nan; lower refinement\.learning_rate"):
+        run.advance()

@@ -1,0 +1,128 @@
+"""Streamed statistics equal those of one whole forward and backward pass; factors rebuild the weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from spectrim.compression import statistics
+from spectrim.errors import NumericalError
+from spectrim.models.blocks import BlockModel
+from tests import tiny
+
+TOKENS = torch.randint(2, 200, (5, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module", params=["llama", "opt", "qwen2"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def stream(folder: Path, batch_size: int = 2) -> tuple[BlockModel, list[dict], list[dict], list[torch.Tensor]]:
+    """Statistics of every block, which linear reads which input, and what enters each block."""
+    model = BlockModel(folder)
+    hidden = [model.embed(TOKENS)]
+    statistics, owners = [], []
+    for index in range(len(model.names)):
+        tensors, reads, output = statistics.input_statistics(model, index, hidden[index], batch_size)
+        statistics.append(tensors)
+        owners.append(reads)
+        hidden.append(output)
+    gradient = statistics.loss_gradient(model, TOKENS, hidden[-1])
+    for index in reversed(range(len(model.names))):
+        tensors, gradient = statistics.gradient_statistics(model, index, hidden[index], gradient, batch_size)
+        statistics[index] |= tensors
+    return model, statistics, owners, hidden
+
+
+def whole_pass(family: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Inputs and output gradients of every linear, (tokens, features), from one pass through the whole model."""
+    model, inputs, gradients = tiny.model(family).eval(), {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda m, args, out, n=name: inputs.update({n: args[0].flatten(0, -2).detach()})
+            )
+            module.register_full_backward_hook(lambda m, gi, go, n=name: gradients.update({n: go[0].flatten(0, -2)}))
+    logits = model(input_ids=TOKENS, use_cache=False).logits[:, :-1]
+    cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum").backward()
+    return inputs, gradients
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_statistics_equal_a_whole_pass(family: str, model_folders: dict[str, Path]) -> None:
+    model, statistics, owners, _ = stream(model_folders[family])
+    inputs, gradients = whole_pass(family)
+    for index, linears in enumerate(model.linears):
+        for name in linears:
+            owner = owners[index][name]
+            assert_close(statistics.unpack_symmetric(statistics[index][f"gram.{owner}"]), inputs[name].T @ inputs[name])
+            assert_close(statistics[index][f"mean.{owner}"], inputs[name].mean(0))
+            assert_close(statistics[index][f"abs_mean.{owner}"], inputs[name].abs().mean(0))
+            assert statistics[index][f"abs_mean.{owner}"].dtype == torch.float64
+            gram = statistics.unpack_symmetric(statistics[index][f"gradient_gram.{name}"])
+            assert_close(gram, gradients[name].T @ gradients[name])
+
+
+def test_shared_inputs_are_captured_once(model_folders: dict[str, Path]) -> None:
+    _, statistics, owners, _ = stream(model_folders["llama"])
+    grams = sorted(name.rsplit(".", 1)[1] for name in statistics[0] if name.startswith("gram."))
+    assert grams == ["down_proj", "gate_proj", "o_proj", "q_proj"]
+    assert {name.split(".", 1)[0] for name in statistics[0]} == {"gram", "mean", "abs_mean", "gradient_gram"}
+    assert len([name for name in statistics[0] if name.startswith("abs_mean.")]) == len(grams)
+    short = {name.rsplit(".", 1)[1]: owner.rsplit(".", 1)[1] for name, owner in owners[0].items()}
+    assert short["k_proj"] == short["v_proj"] == "q_proj" and short["up_proj"] == "gate_proj"
+
+
+def test_batch_size_does_not_matter(model_folders: dict[str, Path]) -> None:
+    one, many = stream(model_folders["llama"], 1)[1], stream(model_folders["llama"], 5)[1]
+    for left, right in zip(one, many, strict=True):
+        for name in left:
+            assert_close(left[name].double(), right[name])
+
+
+def test_factors_rebuild_the_weight_and_spectrum_predicts_the_loss(model_folders: dict[str, Path]) -> None:
+    model, statistics, owners, _ = stream(model_folders["llama"])
+    n_tokens = TOKENS.numel()
+    weights = model.weights(0)
+    tensors = statistics.decompose(weights, statistics[0], owners[0], n_tokens, n_tokens, 1e-6, 1e-2)
+    for name, weight in weights.items():
+        left, right = tensors[f"left.{name}"].double(), tensors[f"right.{name}"].double()
+        assert float((left @ right - weight).norm() / weight.norm()) < 1e-4
+        sigma, rank = tensors[f"two_sided.{name}"], weight.shape[0] // 2
+        difference = weight.double() - left[:, :rank] @ right[:rank]
+        gram = statistics.unpack_symmetric(statistics[0][f"gram.{owners[0][name]}"]) / n_tokens
+        gradient_gram = statistics.unpack_symmetric(statistics[0][f"gradient_gram.{name}"]) / n_tokens
+        lost = torch.trace(gradient_gram @ difference @ gram @ difference.T)
+        assert float(lost) == pytest.approx(float(sigma[rank:].square().sum()), rel=2e-2)
+
+
+def test_symmetric_packing_round_trips() -> None:
+    half = torch.randn(7, 7, generator=torch.Generator().manual_seed(0)).double()
+    matrix = (half + half.T).float().double()
+    assert torch.equal(statistics.unpack_symmetric(statistics.pack_symmetric(matrix)), matrix)
+
+
+def test_non_finite_input_names_layer_and_window(model_folders: dict[str, Path]) -> None:
+    model = BlockModel(model_folders["llama"])
+    hidden = model.embed(TOKENS)
+    hidden[3, 5] = torch.inf
+    with pytest.raises(NumericalError, match=r"model\.layers\.0\..*window 3"):
+        statistics.input_statistics(model, 0, hidden, 2)
+
+
+@pytest.mark.parametrize("features", [3, statistics.SYRK_FEATURES, statistics.SYRK_FEATURES + 5])
+def test_second_moment_is_the_product(features: int) -> None:
+    x = torch.randn(40, features, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(statistics.second_moment(x).triu(), (x.T @ x).triu(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_overflows_its_gram_is_named() -> None:
+    """Finite activations whose squares are not: no window is to blame, the numbers are."""
+    found = statistics._non_finite("model.layers.0.x", torch.full((2, 3), 1e30), slice(4, 6), "input")
+    assert "model.layers.0.x: input of up to 1e+30 in calibration windows 4 to 5 overflows its Gram" in found

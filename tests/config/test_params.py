@@ -1,0 +1,301 @@
+"""params.yaml is checked as a whole: every problem at once, each naming file, section and key."""
+
+import dataclasses
+import subprocess
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config import params as parameters
+from spectrim.errors import ConfigError
+from tests.tiny import REPOSITORY, process_environment
+
+Problems = Callable[..., list[str]]
+
+ANCHOR = {"alpha": 0.0, "windows": 16, "damping": 1e-2}
+REFINEMENT = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))["update_weights"]["refinement"]
+
+# section.key -> values that must be refused
+REFUSED: dict[str, list[Any]] = {
+    "model.source": [None, 3, "", "foo:bar", "pypi:a==1/../b"],
+    "model.sha256": ["abc", "G" * 64, 7],
+    "compression.ratio": [0, -0.1, 1.5, "0.8", None, float("nan")],
+    "compression.format": ["int4", "float32", None],
+    "compression.alternatives": ["pifa", ["dense"], ["int4"], None],
+    "compression.align": [0, 1.5, "8"],
+    "compression.tie": ["yes", 1, None],
+    "compression.exclude": ["*.down_proj", [1]],
+    "compression.seed": [-1, 0.5, True, 2**70],
+    "runtime.engine": ["celery"],
+    "runtime.workers": [0, -2, 1.5],
+    "runtime.retries": [-1],
+    "runtime.device": ["gpu", "cuda:7"],
+    "prepare.stored_dtype": ["int8"],
+    "prepare.load_dtype": ["float64"],
+    "calibrate.seq_len": [0, 1, "1024"],
+    "calibrate.calibration_windows": [0],
+    "calibrate.validation_windows": [0],
+    "calibrate.test_windows": [0],
+    "capture.gradient_windows": [0, 10**6],
+    "capture.gradient_seq_len": [1, 10**6],
+    "capture.batch_size": [0],
+    "capture.damping": [0, -1e-6, 0.5, "small"],
+    "capture.max_damping": [1e-9, 2.0],
+    "train_ranks.method": ["svd", ""],
+    "train_ranks.file": ["", 3],
+    "train_ranks.file_sha256": ["abc", "G" * 64, 7],
+    "train_ranks.objective": ["mse", None],
+    "train_ranks.keep": ["last", None, True],
+    "train_ranks.whitening": ["output"],
+    "train_ranks.steps": [0],
+    "train_ranks.seq_len": [1, 10**6],
+    "train_ranks.batch_size": [0],
+    "train_ranks.learning_rate": [0, -0.1, float("nan"), float("inf")],
+    "train_ranks.width": [0, -0.1, float("inf")],
+    "train_ranks.beta": [0, -10, float("inf")],
+    "train_ranks.taylor_terms": [0],
+    "train_ranks.taylor_threshold": [0, 1, 1.5],
+    "update_weights.method": ["gates", ""],
+    "update_weights.anchor": [
+        {**ANCHOR, key: value} for key, value in (*(("alpha", -0.1), ("alpha", 1.5), ("damping", 0), ("gamma", 1.0)),)
+    ],
+    "update_weights.ipca": ["batch"],
+    "update_weights.windows": [0, 10**6],
+    "update_weights.shrinkage": [[], [-0.1], [0.0, 1.1], 0.1],
+    "update_weights.block_refinement": [
+        {"steps": -1, "learning_rate": 1e-4},
+        {"steps": 0, "learning_rate": 0.0},
+        {"steps": 0, "learning_rate": 1e-4, "seq_len": 8},
+    ],
+    "update_weights.refinement": [
+        {**REFINEMENT, key: value}
+        for key, value in (
+            *(("steps", -1), ("batch_size", 0), ("seq_len", 1), ("learning_rate", 0.0), ("kl_weight", 1.5)),
+            *(("validate_every", 0), ("patience", 0), ("checkpointing", "yes"), ("rate", 1.0)),
+        )
+    ],
+    "remap.format": ["float32"],
+    "remap.max_shard_size": [5, "", "large", "-1GB"],
+    "baseline.quantization": [["int2"], ["bitsandbytes_fp4"], "int8"],
+    "baseline.group_size": [0],
+    "evaluate.batch_size": [0],
+    "evaluate.tasks": [["piqa"], {"piqa": 1}],
+    "evaluate.task_limit": [0, -5],
+    "evaluate.prompt": ["", None],
+    "evaluate.new_tokens": [0],
+    "evaluate.speed_prefill_tokens": [0],
+    "evaluate.speed_decode_tokens": [0],
+    "evaluate.speed_repeats": [0],
+    "report.title": [1],
+}
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    return yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Problems:
+    """content -> the lines of the ConfigError that reading it raises."""
+
+    def read(content: Any) -> list[str]:
+        file = tmp_path / "params.yaml"
+        text = content if isinstance(content, str) else yaml.safe_dump(content)
+        file.write_text(text, encoding="utf-8")
+        parameters.load.cache_clear()
+        with pytest.raises(ConfigError) as caught:
+            parameters.load(file)
+        assert all(line.startswith(f"{file}: ") for line in caught.value.problems)
+        assert all(line in str(caught.value) for line in caught.value.problems)
+        return [line.removeprefix(f"{file}: ") for line in caught.value.problems]
+
+    return read
+
+
+def test_the_repository_file_is_valid() -> None:
+    assert parameters.load(REPOSITORY / "params.yaml").compression.ratio <= 1
+
+
+def test_the_table_of_refused_values_covers_every_key() -> None:
+    keys = {
+        f"{section}.{field.name}"
+        for section, kind in typing.get_type_hints(parameters.Params).items()
+        if dataclasses.is_dataclass(kind)
+        for field in dataclasses.fields(kind)
+    }
+    assert keys == set(REFUSED)
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in REFUSED.items() for value in values])
+def test_a_refused_value_is_named_by_section_and_key(
+    key: str, value: Any, content: dict[str, Any], problems: Problems
+) -> None:
+    section, name = key.split(".")
+    content[section][name] = value
+    found = problems(content)
+    # damping and max_damping are judged together, under the first name
+    names = {key, "capture.damping"} if name == "max_damping" else {key}
+    assert any(line.startswith(f"{each}:") or line.startswith(f"{each}.") for line in found for each in names), found
+
+
+@pytest.mark.parametrize(("section", "key"), [key.split(".") for key in REFUSED])
+def test_a_missing_key_is_named(section: str, key: str, content: dict[str, Any], problems: Problems) -> None:
+    del content[section][key]
+    assert any(line.startswith(f"{section}.{key}: missing") for line in problems(content))
+
+
+def test_every_problem_of_the_file_is_reported_at_once(content: dict[str, Any], problems: Problems) -> None:
+    """A wrong type, an unknown key or an unknown section hides neither a wrong range nor a contradiction."""
+    content["compression"].update(ratio=1.2, align=0, rato=0.5)
+    content["train_ranks"].update(steps="many", seq_len=2000)
+    content["calibrate"]["test_windows"] = "all"
+    content["data"]["wikipedia"]["splits"] = {"calibration": 0.9, "test": 0.5}
+    content["model"]["source"] = "ftp://host/model"
+    content["evaluate"]["speed_repeats"] = 0
+    content["reprot"] = content.pop("report")
+    assert {line.split(": ")[0] for line in problems(content)} == {
+        "compression.ratio",
+        "compression.align",
+        "compression.rato",
+        "train_ranks.steps",
+        "train_ranks.seq_len",
+        "calibrate.test_windows",
+        "data.wikipedia.splits",
+        "model.source",
+        "evaluate.speed_repeats",
+        "reprot",
+        "report",
+    }
+
+
+def test_out_of_range_values_of_one_section_are_reported_together(content: dict[str, Any], problems: Problems) -> None:
+    content["compression"].update(ratio=1.2, align=0, seed=-1)
+    assert [line.split(":")[0] for line in problems(content)] == [
+        "compression.ratio",
+        "compression.align",
+        "compression.seed",
+    ]
+
+
+def test_values_that_contradict_each_other_are_reported_together(content: dict[str, Any], problems: Problems) -> None:
+    content["calibrate"].update(seq_len=16, calibration_windows=2)
+    assert {line.split(":")[0] for line in problems(content)} == {
+        "capture.gradient_windows",
+        "capture.gradient_seq_len",
+        "train_ranks.seq_len",
+        "update_weights.windows",
+        "update_weights.refinement.seq_len",
+    }
+
+
+def test_a_baseline_of_a_library_that_is_not_installed_is_one_problem(
+    content: dict[str, Any], problems: Problems, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["baseline"]["quantization"] = ["int8", "bitsandbytes_nf4"]
+    monkeypatch.setattr("pipeline.config.sections.find_spec", lambda name: None)
+    assert problems(content) == [
+        "baseline.quantization: bitsandbytes_nf4 found, which the package bitsandbytes makes, and that is not "
+        "installed; run `pip install 'spectrim[bitsandbytes]'`, or leave out what needs it"
+    ]
+    monkeypatch.setattr("pipeline.config.sections.find_spec", lambda name: name)
+    content["evaluate"]["new_tokens"] = 0  # the one problem that is left
+    assert [line.split(":")[0] for line in problems(content)] == ["evaluate.new_tokens"]
+
+
+def test_the_method_file_needs_a_file(content: dict[str, Any], problems: Problems) -> None:
+    content["train_ranks"]["method"] = "file"
+    (line,) = problems(content)
+    assert line.startswith("train_ranks.file: null; method file needs the path")
+
+
+@pytest.mark.parametrize("splits", [{}, {"train": 0.5}, {"test": 0}, {"test": 1.5}, {"calibration": 0.7, "test": 0.7}])
+def test_bad_splits_name_the_text(splits: dict[str, float], content: dict[str, Any], problems: Problems) -> None:
+    content["data"]["wikipedia"]["splits"] = splits
+    assert any(line.startswith("data.wikipedia.splits") for line in problems(content))
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b", ""])
+def test_a_text_name_that_is_no_file_name_is_reported(name: str, content: dict[str, Any], problems: Problems) -> None:
+    """The name becomes artifacts/calibrate/test/NAME.parquet."""
+    content["data"][name] = content["data"]["wikipedia"]
+    assert any(line.startswith(f"data.{name}") for line in problems(content))
+
+
+def test_no_text_at_all_is_reported(content: dict[str, Any], problems: Problems) -> None:
+    content["data"] = {}
+    assert len(problems(content)) == len(parameters.SPLITS)
+
+
+@pytest.mark.parametrize("split", parameters.SPLITS)
+def test_a_split_that_no_text_has_is_reported(split: str, content: dict[str, Any], problems: Problems) -> None:
+    for text in content["data"].values():
+        del text["splits"][split]
+    assert problems(content) == [f"data: no text has a {split} split; give one a share of its documents"]
+
+
+@pytest.mark.parametrize("method", ["svd", "asvd", "ipca"])
+def test_only_what_uses_the_inputs_gram_can_be_anchored_or_shrunk(
+    method: str, content: dict[str, Any], problems: Problems
+) -> None:
+    content["update_weights"] |= {"method": method, "shrinkage": [0.0, 0.1]}
+    content["update_weights"]["anchor"]["alpha"] = [0.5]
+    assert problems(content) == [
+        f"update_weights.{key} with method {method}, which has no use for the inputs' Gram; set it to [0.0]"
+        for key in ("anchor.alpha: [0.5]", "shrinkage: [0.0, 0.1]")
+    ]
+
+
+def test_only_the_knapsack_chooses_among_formats(content: dict[str, Any], problems: Problems) -> None:
+    content["compression"] |= {"alternatives": ["dense_int8"], "tie": True}
+    content["train_ranks"]["method"] = "gates"
+    content["remap"]["format"] = "int8"
+    assert [line.split(" with compression.alternatives")[0] for line in problems(content)] == [
+        "train_ranks.method: 'gates'", "compression.tie: True", "remap.format: 'int8'"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["compression: [", "- a list", "", "\tx: 1", "model: {}\nmodel: {}"])
+def test_a_file_that_is_no_mapping_is_one_problem(text: str, problems: Problems) -> None:
+    assert len(problems(text)) == 1
+
+
+def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
+    """YAML 1.2: 1e-3 is a number, which YAML 1.1 takes for a word."""
+    file = tmp_path / "params.yaml"
+    text = (REPOSITORY / "params.yaml").read_text(encoding="utf-8")
+    assert "damping: 1.0e-6" in text
+    file.write_text(text.replace("damping: 1.0e-6", "damping: 1e-6"), encoding="utf-8")
+    assert parameters.load(file).capture.damping == 1e-6
+
+
+def test_the_file_can_be_checked_alone(tmp_path: Path) -> None:
+    """`make repro` and `make flow` do, so that DVC has not yet removed the output of the stage that would refuse."""
+    text = (REPOSITORY / "params.yaml").read_text(encoding="utf-8")
+    command, environment = (
+        [sys.executable, "-m", "pipeline.config.params"],
+        process_environment(PYTHONPATH=str(REPOSITORY)),
+    )
+    for good in (True, False):
+        (tmp_path / "params.yaml").write_text(text if good else text.replace("  ratio:", "  rato:"), encoding="utf-8")
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == good and done.stdout == ""
+        lines = done.stderr.splitlines()
+        assert (not lines) if good else ("compression.rato: unknown key" in done.stderr and "Trace" not in done.stderr)
+
+
+def test_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not found; run from the project's folder"):
+        parameters.load(tmp_path / "absent.yaml")
+
+
+def test_an_integer_is_taken_where_a_float_is_asked(content: dict[str, Any], tmp_path: Path) -> None:
+    content["compression"]["ratio"] = 1
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert parameters.load(file).compression.ratio == 1.0
