@@ -1,7 +1,8 @@
 """Second moments of every linear's inputs and output gradients, and the whitened factors made from them.
 
 reads   artifacts/prepare (weights), artifacts/calibrate/calibration.parquet
-writes  artifacts/capture: inputs/, gradients/, factors/ with one file per block, and spectra.safetensors
+writes  artifacts/capture: inputs/, gradients/, factors/ with one file per block, spectra.safetensors, and capture.json,
+        which names the sha256 of each
 params  capture, compression.exclude
 """
 
@@ -14,19 +15,17 @@ from torch import Tensor
 
 from pipeline.config.params import load
 from pipeline.data.texts import load_windows
-from pipeline.runtime import chain
-from pipeline.runtime.artifacts import artifact, fresh_folder, read_json
+from pipeline.runtime.artifacts import artifact, files_sha256, fresh_folder, read_json, write_json
+from pipeline.runtime.closure import code_digest
 from pipeline.runtime.console import run
 from pipeline.runtime.devices import resolve
-from pipeline.runtime.layers import LayerTask, run_layers
-from pipeline.runtime.store import LayerStore, code_digest, key, link_or_copy
-from pipeline.steps import walk
+from pipeline.runtime.layers import keyed, run_layers
+from pipeline.runtime.store import LayerStore, key, link_or_copy
 from pipeline.steps.spectra_file import Tokens, write_spectra
-from spectrim.compression import statistics
-from spectrim.maths import losses, lowrank, whitening
-from spectrim.models import blocks, modules
+from pipeline.steps.walk import Walk
+from spectrim.models.blocks import BlockModel
 
-Compute = Callable[[int, Path], None]
+Compute = Callable[[Path], None]
 
 
 def main() -> None:
@@ -34,32 +33,28 @@ def main() -> None:
     params, store = load(), LayerStore()
     settings, exclude = params.capture, params.compression.exclude
     windows = load_windows(artifact("calibrate") / "calibration.parquet")
-    model = blocks.BlockModel(artifact("prepare"), resolve(params.runtime.device), tuple(exclude))
+    model = BlockModel(artifact("prepare"), resolve(params.runtime.device), tuple(exclude))
     identity = [
-        code_digest(chain, walk, blocks, statistics, modules, losses, lowrank, whitening),
         read_json(artifact("prepare") / "prepare.json")["model_sha256"],
         read_json(artifact("calibrate") / "calibrate.json")["calibration"]["tokens_sha256"],
         [exclude, settings.gradient_windows, settings.gradient_seq_len, settings.batch_size, str(model.device)],
     ]
     shape = (settings.gradient_windows, settings.gradient_seq_len, settings.batch_size)
-    walker = walk.Walk(model, windows, *shape, store, key("capture", "walk", *identity))
+    walker = Walk(model, windows, *shape, store, key("capture", "walk", code_digest(Walk), *identity))
     damping = (settings.damping, settings.max_damping)
 
-    def phase(name: str, compute: Compute, order: range, *extra: float, ordered: bool) -> list[Path]:
-        """One file per block: what ``compute(index, folder)`` writes, block by block in ``order``."""
-        tasks = [
-            LayerTask(model.names[i], key(f"capture.{name}", model.names[i], *identity, *extra), partial(compute, i))
-            for i in order
-        ]
+    def phase(name: str, compute: Callable[[int], Compute], order: range, *extra: float, ordered: bool) -> list[Path]:
+        """One file per block: what ``compute(index)(folder)`` writes, block by block in ``order``."""
+        tasks = [keyed(f"capture.{name}", model.names[i], compute(i), *identity, *extra) for i in order]
         entries = run_layers(f"capture: {name}", tasks, params.runtime, store, ordered=ordered)
         return [entries[block] / f"{i:03}.safetensors" for i, block in enumerate(model.names)]
 
     forward = range(len(model.names))
-    inputs = phase("inputs", walker.inputs, forward, ordered=True)
-    gradients = phase("gradients", walker.gradients, forward[::-1], ordered=True)
+    inputs = phase("inputs", partial(partial, walker.inputs), forward, ordered=True)
+    gradients = phase("gradients", partial(partial, walker.gradients), forward[::-1], ordered=True)
 
-    def decompose(i: int, folder: Path) -> None:
-        walker.factors(i, inputs[i], gradients[i], *damping, folder)
+    def decompose(i: int) -> Compute:
+        return partial(walker.factors, i, inputs[i], gradients[i], *damping)
 
     factors = phase("factors", decompose, forward, *damping, ordered=False)
     with fresh_folder(artifact("capture")) as out:
@@ -70,6 +65,7 @@ def main() -> None:
             tensors = load_file(factors[i])
             spectra |= {name: tensors[name] for name in tensors if name.startswith(("two_sided.", "input."))}
         write_spectra(out, spectra, Tokens(windows.numel(), walker.graded.numel()))
+        write_json(out / "capture.json", {"files": files_sha256(out)})
     walker.clear()
 
 

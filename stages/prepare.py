@@ -1,49 +1,29 @@
 """The model and its tokenizer as a Hugging Face folder of safetensors.
 
-reads   model.source
+reads   model.source, artifacts/sources/model.json
 writes  artifacts/prepare: config.json, model.safetensors, tokenizer and generation files, prepare.json
 params  model, prepare
 """
 
-import torch
+from functools import partial
 
 from pipeline.config.params import load
-from pipeline.data.fetching import fetch
-from pipeline.data.originals import check_vocabulary, load_model, load_tokenizer
-from pipeline.runtime.artifacts import artifact, digest, fresh_folder, read_json, sha256_file, write_json
+from pipeline.data.originals import write_prepared
+from pipeline.runtime.artifacts import artifact, fresh_folder, read_json
 from pipeline.runtime.console import run
-from spectrim.models.modules import compressible_linears
+from pipeline.runtime.layers import keyed, run_layers
+from pipeline.runtime.store import LayerStore, link_or_copy
 
 
 def main() -> None:
     """Fetch the model and store it as safetensors."""
-    params = load()
-    source = fetch(params.model.source, params.model.sha256, "model")
-    tokenizer = load_tokenizer(source.path)
-    model = load_model(source.path, getattr(torch, params.prepare.stored_dtype))
-    check_vocabulary(model, tokenizer)
-    compressible_linears(model)  # raises now rather than two stages later
-
+    params, store = load(), LayerStore()
+    identity = read_json(artifact("sources", "model.json"))
+    compute = partial(write_prepared, params.model, params.prepare, identity.get("commit"))
+    task = keyed("prepare", "model", compute, params.model, params.prepare, identity)
+    entries = run_layers("prepare", [task], params.runtime, store, ordered=True)
     with fresh_folder(artifact("prepare")) as out:
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        # save_pretrained notes the dtype of the file; from_pretrained computes in the one noted here
-        write_json(out / "config.json", read_json(out / "config.json") | {"dtype": params.prepare.load_dtype})
-        hashes = {file.name: sha256_file(file) for file in sorted(out.iterdir())}
-        weights = {name: value for name, value in hashes.items() if name.endswith(".safetensors")}
-        write_json(
-            out / "prepare.json",
-            {
-                "source": params.model.source,
-                "sha256": source.sha256,
-                "revision": source.revision,
-                "stored_dtype": params.prepare.stored_dtype,
-                "load_dtype": params.prepare.load_dtype,
-                "n_parameters": model.num_parameters(),
-                "files": hashes,
-                "model_sha256": digest(weights),
-            },
-        )
+        link_or_copy(entries["model"], out)
 
 
 if __name__ == "__main__":

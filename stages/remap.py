@@ -10,13 +10,12 @@ from functools import partial
 from pipeline.config.params import load
 from pipeline.runtime.artifacts import artifact, fresh_folder, provenance, read_json, require_model, sha256_file
 from pipeline.runtime.console import run
-from pipeline.runtime.layers import LayerTask, run_layers
-from pipeline.runtime.store import LayerStore, code_digest, key
-from pipeline.steps import factor_files, packing
+from pipeline.runtime.layers import keyed, run_layers
+from pipeline.runtime.store import LayerStore
+from pipeline.steps import packed_blocks as packing
 from spectrim.checkpoint import saving
 from spectrim.compression import statistics
-from spectrim.formats import stored_linear
-from spectrim.maths import budget, compensation, factor_rounding, pivoting, quantization, whitening
+from spectrim.maths import budget
 
 
 def main() -> None:
@@ -36,15 +35,12 @@ def main() -> None:
     factors = {block: [sha256_file(file) for file in files] for block, files in blocks.items()}
     rounds = any(matrix.format in budget.INT8_FACTORS for matrix in matrices.values())
     read = {block: sha256_file(captured / "inputs" / f"{block}.safetensors") if rounds else None for block in blocks}
-    code = code_digest(
-        packing, factor_files, statistics, saving, stored_linear, budget, compensation, factor_rounding, pivoting,
-        quantization, whitening,
-    )  # fmt: skip
     tasks = [
-        LayerTask(
+        keyed(
+            "remap",
             f"block {block}",
-            key("remap", block, code, factors[block], read[block], listed, str(half)),
             partial(packing.pack_block, files, partial(statistics.gram_of, captured, int(block)), matrices, half),
+            *(factors[block], read[block], listed, str(half)),
         )
         for block, files in blocks.items()
     ]

@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spectrim.checkpoint.layout import Matrix
-from spectrim.checkpoint.saving import Packed, assemble, pack, pack_rounded
-from spectrim.formats.lowrank_linear import LowRankLinear
-from spectrim.formats.quantized_linear import QuantizedLinear
+from spectrim.checkpoint.saving import assemble
+from spectrim.formats.kinds import kind_of
+from spectrim.formats.packing import Packed, pack, pack_rounded
 from spectrim.formats.stored_linear import StoredLinear
-from spectrim.maths.budget import FACTORED, RESIDUAL, ROUNDED, Format, group_size, resolve_format
+from spectrim.maths.budget import FACTORED, RESIDUAL, ROUNDED, Format, resolve_format
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import dequantize, round_to_nearest
+from spectrim.maths.storage_formats import group_size
 from spectrim.models.modules import compressible_linears
 from tests import tiny
 
@@ -49,15 +50,14 @@ def packed_weight(weight: Tensor, format: Format, dtype: torch.dtype) -> Packed:
     n_bits = ROUNDED[format]
     rounded = round_to_nearest(weight, n_bits, group_size(n_bits, weight.shape[1]))
     residual = truncated(weight - dequantize(rounded), RANK) if format in RESIDUAL else None
-    return pack_rounded(rounded, format, residual)
+    return pack_rounded(rounded, format, residual, dtype)
 
 
 def stored_linear(
     tensors: Mapping[str, Tensor], format: Format, shape: tuple[int, int], bias: Tensor | None = None
 ) -> StoredLinear:
     """The module that holds them."""
-    kind = QuantizedLinear if format in ROUNDED else LowRankLinear
-    return kind.from_tensors(tensors, format, *shape, bias)
+    return kind_of(format).from_tensors(tensors, format, *shape, bias)
 
 
 def chosen(dense: Path, format: Format, dtype: torch.dtype) -> tuple[dict[str, Matrix], dict[str, Packed]]:

@@ -93,6 +93,7 @@ def metrics(n_blocks: int) -> dict[str, Any]:
             "int8": {"ratio": 0.5027, "perplexity": {"wikipedia": 21.96}},
             "int4": {"ratio": 0.2659, "perplexity": {"wikipedia": 30.8}},
         },
+        "dtype": "float32",
         "machine": "AMD EPYC Processor, 2 threads, torch 2.13.0+cpu",
         "parameters": {"dense": 134_515_008, "compressed": 113_300_416},
         "generation": GENERATION,
@@ -111,7 +112,10 @@ def write(root: Path, *, n_blocks: int = 30, chosen: str = "gates", trained: boo
         "artifacts/calibrate",
     ):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    _json(root / "reports/metrics.json", metrics(n_blocks) | changes)
+    found = metrics(n_blocks) | changes
+    apart = ("speed", "memory", "parameters", "dtype", "machine", "process")
+    _json(root / "reports/metrics.json", {name: value for name, value in found.items() if name not in apart})
+    _json(root / "reports/speed.json", {name: value for name, value in found.items() if name in apart})
     _json(root / "artifacts/train_ranks/ranks.json", ranks(sigmas, 0.8, chosen))
     with (root / "artifacts/train_ranks/curve.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([("step", "cross_entropy", "width"), *_curve(trained)])
@@ -120,7 +124,7 @@ def write(root: Path, *, n_blocks: int = 30, chosen: str = "gates", trained: boo
         losses = [(step, 0.3 - 0.002 * step if step else None, measured.get(step)) for step in range(33)]
         points = losses if trained else []
         csv.writer(stream).writerows([("step", "loss", "validation_loss"), *points])
-    _json(root / "artifacts/update_weights/summary.json", {"chosen": "alpha 0, shrinkage 0", "validation_loss": {}})
+    _json(root / "artifacts/update_weights/summary.json", {"chosen": "as set", "validation_loss": {}})
     stored = {
         f"{metric}.{name}": torch.tensor(sigma) for name, sigma in sigmas.items() for metric in ("two_sided", "input")
     }

@@ -128,7 +128,7 @@ def test_init_files_hold_at_most_a_docstring() -> None:
     assert {str(file) for file in inits if not is_empty(file)} == {"spectrim/__init__.py"}
 
 
-def test_the_graph_has_the_nine_stages_and_one_module_each() -> None:
+def test_the_graph_has_one_module_for_each_stage() -> None:
     assert tuple(graph()) == STAGES
     modules = {file.stem for file in sources("stages")} - {"__init__"}
     assert modules == set(STAGES)
@@ -145,11 +145,11 @@ def test_dvc_knows_the_code_of_every_stage(stage: str) -> None:
 def test_one_word_names_a_stage_everywhere(stage: str) -> None:
     definition = graph()[stage]
     assert definition["cmd"] == f"python -m stages.{stage}"
-    homes = {"evaluate": ("reports/",), "report": ("reports/",)}.get(stage, (f"artifacts/{stage}",))
+    homes = ("reports/",) if stage in ("evaluate", "speed", "report") else (f"artifacts/{stage}",)
     outs = [name for key in ("outs", "metrics", "plots") for name in entries(definition.get(key, []))]
     assert outs and all(name.startswith(homes) for name in outs), outs
     sections = {name.split(".")[0] for name in entries(definition.get("params", []))}
-    assert stage in sections and "runtime" not in sections
+    assert (stage in sections or stage == "sources") and "runtime" not in sections
     assert not any(
         options.get("persist") for item in definition.get("outs", []) if isinstance(item, dict)
         for options in item.values()
@@ -165,7 +165,7 @@ def test_params_sections_and_keys_are_the_fields_of_params() -> None:
     content = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
     kinds = typing.get_type_hints(Params)
     assert list(content) == list(kinds)
-    assert set(STAGES) | {"model", "data", "compression", "runtime"} == set(kinds)
+    assert {*STAGES, "model", "data", "compression", "runtime"} == {*kinds, "sources"}
     for section, kind in kinds.items():
         if section != "data":
             assert list(content[section]) == list(parameters_of(kind)), section
@@ -249,3 +249,14 @@ def test_importing_the_pipeline_is_cheap() -> None:
         cwd=REPOSITORY, env=process_environment(), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.split() == []
+
+
+def test_one_word_names_one_thing() -> None:
+    """No two classes and no two files of the library and the pipeline have one name."""
+    places: dict[str, list[str]] = {}
+    for file in sources("spectrim", "pipeline"):
+        names = [f"class {node.name}" for node in tree(file).body if isinstance(node, ast.ClassDef)]
+        for name in [*names, *([] if file.stem == "__init__" else [f"file {file.stem}"])]:
+            places.setdefault(name, []).append(str(file))
+    twice = {name: found for name, found in places.items() if len(found) > 1}
+    assert not twice

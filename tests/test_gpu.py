@@ -8,9 +8,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from spectrim.compression import statistics as captured
-from spectrim.compression.rank_training import GatedLinear, train
-from spectrim.compression.rank_training import attach as attach_gates
-from spectrim.compression.refinement import Refinement, attach, leaving
+from spectrim.compression.refinement import FactorTraining, attach_factors, leaving
+from spectrim.compression.truncated import GatedLinear, attach_truncated
 from spectrim.evaluation.perplexity import perplexity
 from spectrim.evaluation.speed import peak_bytes, throughput, weight_bytes
 from spectrim.maths.budget import Format
@@ -19,6 +18,7 @@ from spectrim.models.blocks import BlockModel
 from spectrim.models.modules import compressible_linears
 from tests import reference, tiny
 from tests.checkpoints import FORMATS, TOKENS, Folders, build_all, logits, truncated
+from tests.training import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -93,17 +93,17 @@ def test_a_checkpoint_gives_the_same_logits_and_stays_packed(
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_refinement_in_bfloat16_falls_as_on_the_cpu_and_goes_on_where_it_was(steps_before: int) -> None:
-    def run(device: str) -> Refinement:
+    def run(device: str) -> FactorTraining:
         model, dense = tiny.model("llama"), tiny.model("llama")
         factors = {
             name: truncated(linear.weight.detach(), min(linear.weight.shape) // 3)
             for name, linear in compressible_linears(model).items()
         }
-        modules = attach(model.to(device), factors)
+        modules = attach_factors(model.to(device), factors)
         with torch.no_grad():
             expected, _ = leaving(dense, TOKENS)
         settings = {"steps": 6, "batch_size": 2, "learning_rate": 3e-3, "kl_weight": 1.0, "seed": 0}
-        return Refinement(model, modules, TOKENS, expected, **settings)  # type: ignore[arg-type]
+        return FactorTraining(model, modules, TOKENS, expected, **settings)  # type: ignore[arg-type]
 
     on_cpu, first, second = run("cpu"), run("cuda"), run("cuda")
     expected, found = [on_cpu.advance() for _ in range(6)], [first.advance() for _ in range(steps_before)]
@@ -121,7 +121,7 @@ def test_gates_learn_the_same_ranks() -> None:
             factors = truncated(linear.weight, min(linear.weight.shape))
             modules[name] = GatedLinear(factors, linear.weight, linear.bias)
             costs[name] = float(sum(linear.weight.shape) * min(linear.weight.shape))
-        attach_gates(model, modules)
+        attach_truncated(model, modules)
         start = {name: 0.4 * module.full_rank for name, module in modules.items()}
         settings = {"steps": 8, "batch_size": 2, "learning_rate": 0.05, "width": 0.1, "beta": 10.0, "seed": 0}
         return train(model, modules, costs, start, TOKENS, **settings)  # type: ignore[arg-type]

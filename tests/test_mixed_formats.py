@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spectrim.checkpoint.layout import read_bytes
-from spectrim.maths.budget import RESIDUAL, ROUNDED
+from spectrim.maths.budget import FACTORED, RESIDUAL, ROUNDED
 from tests.tiny import Project
 
-ALL = ["float16", "pifa", "remap", "int8", "dense_int8", "dense_int4", "int8_residual", "int4_residual"]
+ALL = [*FACTORED, *ROUNDED]
 
 
 def compressed(project: Project, ratio: float, alternatives: list[str]) -> Path:

@@ -19,8 +19,9 @@ from tests import tiny
 from tests.conftest import ProjectFactory
 from tests.tiny import Project, process_environment, tree
 
-AFTER_RATIO = {"train_ranks", "update_weights", "remap", "evaluate", "report"}
-AFTER_FORMAT = {"remap", "evaluate", "report"}
+ALWAYS = {"sources"}
+AFTER_RATIO = {"sources", "train_ranks", "update_weights", "remap", "evaluate", "speed", "report"}
+AFTER_FORMAT = {"sources", "remap", "evaluate", "speed", "report"}
 
 # Loads a checkpoint as a user would; prints the perplexity of the test windows and a digest of the first logits.
 FRESH_PROCESS = """
@@ -99,11 +100,11 @@ def check_result(project: Project) -> str:
     assert untouched <= set(packed)
     pivoted = [name for name, matrix in matrices.items() if matrix["format"] in ("pifa", "pifa_int8")]
     assert (metrics["pivoting"] or {"matrices": 0})["matrices"] == len(pivoted)
-    assert stored / dense == pytest.approx(metrics["ratio"]["file"], rel=1e-9)
+    assert stored / dense == pytest.approx(metrics["ratio"]["file"], rel=1e-5)
     assert metrics["ratio"]["file"] <= metrics["ratio"]["target"]
     fresh = load_fresh(project)
     text = metrics["perplexity"]["corpus"]
-    assert fresh["perplexity"] == pytest.approx(text["compressed"], rel=1e-6)
+    assert fresh["perplexity"] == pytest.approx(text["compressed"], rel=1e-4)
     assert fresh["n_tokens"] == text["n_tokens"]
     assert fresh["types"] == ["LowRankLinear"] and fresh["generated"] == 8
     assert fresh["vocabulary"] == tiny.VOCABULARY
@@ -119,8 +120,11 @@ def check_result(project: Project) -> str:
             {
                 "remap__format": "int8",
                 "update_weights__method": "closed_form",
-                "update_weights__anchor": {"alpha": [0.0, 0.5], "damping": 1e-2},
-                "update_weights__shrinkage": [0.0, 0.1],
+                "update_weights__variants": {
+                    "anchored": {"alpha": 0.5},
+                    "shrunk": {"shrinkage": 0.1},
+                    "both": {"alpha": 0.5, "shrinkage": 0.1},
+                },
                 "update_weights__block_refinement": {"steps": 4, "learning_rate": 1e-3},
                 "train_ranks__method": "svd_llm_v2",
             },
@@ -142,7 +146,7 @@ def test_every_family_goes_through_all_stages(
     assert not losses or summary["chosen"] == min(losses, key=lambda name: losses[name])
 
 
-@pytest.mark.parametrize("stage", [stage for stage in tiny.STAGES if stage != "prepare"])
+@pytest.mark.parametrize("stage", [stage for stage in tiny.STAGES if stage not in ("sources", "prepare")])
 def test_a_stage_out_of_order_says_what_is_missing(stage: str, tiny_project: ProjectFactory) -> None:
     done = tiny_project("llama").stage(stage, check=False)
     assert done.returncode == 1
@@ -168,7 +172,7 @@ def test_only_what_changed_reruns(finished_llama: Project, tmp_path: Path) -> No
     project = finished_llama.copy(tmp_path / "llama")
     first = tree(project.folder / "artifacts" / "remap")
     project.change(runtime__workers=1)  # of the machine, not of a result
-    assert project.repro() == set()
+    assert project.repro() == ALWAYS
 
     project.change(compression__ratio=0.6)
     assert project.repro() == AFTER_RATIO
@@ -180,7 +184,8 @@ def test_only_what_changed_reruns(finished_llama: Project, tmp_path: Path) -> No
     assert project.repro() == AFTER_FORMAT
 
     project.change(compression__ratio=0.8, remap__format="same")
-    assert project.repro() <= {"report"}, "going back restores from the run cache"  # a page is rendered, not cached
+    # what is measured or rendered into the files that git holds is not in the run cache
+    assert project.repro() <= {"sources", "speed", "report"}, "going back restores from the run cache"
     assert tree(project.folder / "artifacts" / "remap") == first
 
     project.commit("a finished run")
@@ -251,7 +256,7 @@ def test_a_bad_parameter_costs_nothing(finished_llama: Project, tmp_path: Path) 
         and "compression.ratio: input should be less than or equal to 1" in said
     )
     (project.folder / "params.yaml").write_text(good, encoding="utf-8")
-    assert project.repro() == set()
+    assert project.repro() == ALWAYS
     assert tree(project.folder / "artifacts") == tree(finished_llama.folder / "artifacts")
 
 
@@ -304,7 +309,7 @@ def test_a_killed_dvc_repro_goes_on_where_it_was(finished_llama: Project, tmp_pa
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert project.repro() == {"capture"}
+    assert project.repro() == {"sources", "capture"}
     assert tree(project.folder / "artifacts") == tree(finished_llama.folder / "artifacts")
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gguf
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.config import params
 from pipeline.data import originals, texts
 from spectrim.errors import DataError, ModelError, SourceError
-from stages import calibrate, prepare
+from stages import calibrate, prepare, sources
 from tests import tiny
 
 Change = Callable[..., dict[str, Any]]
@@ -89,11 +90,17 @@ def to_gguf(model: Any, tokenizer: Any, file: Path) -> Path:
     return file
 
 
+def run(stage: ModuleType) -> None:
+    """The stage behind `sources`, as DVC runs them."""
+    sources.main()
+    stage.main()
+
+
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 @pytest.mark.parametrize(("stored", "load"), [("float16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")])
 def test_prepare_a_folder(family: str, stored: str, load: str, project: Change, model_folders: dict[str, Path]) -> None:
     project(model__source=str(model_folders[family]), prepare__stored_dtype=stored, prepare__load_dtype=load)
-    prepare.main()
+    run(prepare)
     folder = Path("artifacts/prepare")
     with safe_open(folder / "model.safetensors", "pt") as file:
         names = set(file.keys())
@@ -114,15 +121,15 @@ def test_prepare_records_and_repeats(project: Change, model_folders: dict[str, P
     def files() -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in Path("artifacts/prepare").iterdir()}
 
-    prepare.main()
+    run(prepare)
     first, record = files(), json.loads(Path("artifacts/prepare/prepare.json").read_text())
     assert record["source"] == str(model_folders["llama"])
     assert set(record["files"]) == set(first) - {"prepare.json"}
     assert record["n_parameters"] == tiny.model("llama").num_parameters()
-    prepare.main()
+    run(prepare)
     assert files() == first
     project(prepare__stored_dtype="bfloat16")
-    prepare.main()
+    run(prepare)
     assert json.loads(Path("artifacts/prepare/prepare.json").read_text())["model_sha256"] != record["model_sha256"]
 
 
@@ -136,7 +143,7 @@ def test_prepare_keeps_generation_config_and_chat_template(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     project(model__source=str(folder))
-    prepare.main()
+    run(prepare)
     prepared = AutoModelForCausalLM.from_pretrained("artifacts/prepare")
     assert prepared.generation_config.temperature == 0.7
     assert AutoTokenizer.from_pretrained("artifacts/prepare").chat_template == tokenizer.chat_template
@@ -147,7 +154,7 @@ def test_prepare_a_gguf_file(project: Change, tmp_path: Path) -> None:
     original = tiny.model("llama")
     file = to_gguf(original, tiny.tokenizer(), tmp_path / "tiny.gguf")
     project(model__source=str(file), prepare__stored_dtype="float32")
-    prepare.main()
+    run(prepare)
     model = AutoModelForCausalLM.from_pretrained("artifacts/prepare")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     torch.testing.assert_close(logits(model), logits(original), rtol=1e-5, atol=1e-5)
@@ -155,7 +162,7 @@ def test_prepare_a_gguf_file(project: Change, tmp_path: Path) -> None:
     for text in tiny.corpus(3):
         assert tokenizer(text, add_special_tokens=False).input_ids == tiny.tokenizer()(text).input_ids
     assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
-    calibrate.main()
+    run(calibrate)
 
 
 def broken_copy(folder: Path, copy: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
@@ -195,13 +202,13 @@ def test_prepare_refuses_a_broken_model(
     model_folders: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    prepare.main()
+    run(prepare)
     before = {file.name: file.read_bytes() for file in Path("artifacts/prepare").iterdir()}
     project(model__source=str(broken_copy(model_folders["llama"], tmp_path / "broken", edit)))
     with pytest.raises(ModelError, match=message):
-        prepare.main()
+        run(prepare)
     assert {file.name: file.read_bytes() for file in Path("artifacts/prepare").iterdir()} == before
-    assert [path.name for path in Path("artifacts").iterdir()] == ["prepare"]
+    assert sorted(path.name for path in Path("artifacts").iterdir()) == ["prepare", "sources"]
 
 
 def test_prepare_refuses_what_is_no_model(project: Change, model_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -230,7 +237,7 @@ def test_prepare_refuses_what_is_no_model(project: Change, model_folders: dict[s
     ):
         project(model__source=str(source))
         with pytest.raises(kind, match=message):
-            prepare.main()
+            run(prepare)
     assert not Path("artifacts/prepare").exists()
 
 
@@ -243,7 +250,7 @@ def test_prepare_refuses_a_tokenizer_that_is_too_large(
     tokenizer.save_pretrained(copy)
     project(model__source=str(copy))
     with pytest.raises(ModelError, match="the tokenizer has 322 tokens, the model embeds 320"):
-        prepare.main()
+        run(prepare)
 
 
 def test_calibrate(project: Change, corpus_file: Path, tmp_path: Path) -> None:
@@ -252,8 +259,8 @@ def test_calibrate(project: Change, corpus_file: Path, tmp_path: Path) -> None:
     content = project()
     content["data"]["book"] = {"source": str(raw), "sha256": None, "column": "text", "splits": {"test": 1.0}}
     project(calibrate__test_windows=4)
-    prepare.main()
-    calibrate.main()
+    run(prepare)
+    run(calibrate)
     folder = Path("artifacts/calibrate")
     summary = json.loads((folder / "calibrate.json").read_text())
     tokenizer = tiny.tokenizer()
@@ -269,10 +276,10 @@ def test_calibrate(project: Change, corpus_file: Path, tmp_path: Path) -> None:
         assert summary[part]["tokens_sha256"] == texts._sha256(loaded.numpy())
         assert summary[part]["texts"] == {"corpus": len(loaded)}
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    calibrate.main()
+    run(calibrate)
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     project(compression__seed=1)
-    calibrate.main()
+    run(calibrate)
     assert not torch.equal(texts.load_windows(folder / "calibration.parquet"), drawn["calibration"])
     assert (folder / "test" / "corpus.parquet").read_bytes() == before[folder / "test" / "corpus.parquet"]
 
@@ -287,14 +294,14 @@ def test_calibrate(project: Change, corpus_file: Path, tmp_path: Path) -> None:
     ],
 )
 def test_calibrate_refuses(values: dict[str, Any], message: str, project: Change) -> None:
-    prepare.main()
-    calibrate.main()
+    run(prepare)
+    run(calibrate)
     before = Path("artifacts/calibrate/calibrate.json").read_bytes()
     project(**values)
     with pytest.raises(DataError, match=message):
-        calibrate.main()
+        run(calibrate)
     assert Path("artifacts/calibrate/calibrate.json").read_bytes() == before
-    assert sorted(path.name for path in Path("artifacts").iterdir()) == ["calibrate", "prepare"]
+    assert sorted(path.name for path in Path("artifacts").iterdir()) == ["calibrate", "prepare", "sources"]
 
 
 def test_a_models_own_code_is_never_run(tmp_path: Path) -> None:

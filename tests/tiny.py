@@ -32,7 +32,10 @@ from transformers import (
 from tests.stage_process import run_stage
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-STAGES = ("prepare", "calibrate", "capture", "train_ranks", "update_weights", "remap", "baseline", "evaluate", "report")
+STAGES = (
+    *("sources", "prepare", "calibrate", "capture", "train_ranks", "update_weights", "remap"),
+    *("baseline", "evaluate", "speed", "report"),
+)
 VOCABULARY = 320
 END = "<|endoftext|>"  # the Qwen2 tokenizer class adds it where it is missing
 SEED = 20
@@ -138,7 +141,8 @@ def tiny_params(model_source: str, text_source: str) -> dict[str, Any]:
         "train_ranks": {"steps": 3, "seq_len": 16},
         "update_weights": {"windows": 4, "refinement": refinement},
         "baseline": {"group_size": 16},
-        "evaluate": {"new_tokens": 4, "speed_prefill_tokens": 16, "speed_decode_tokens": 2, "speed_repeats": 1},
+        "evaluate": {"new_tokens": 4},
+        "speed": {"prefill_tokens": 16, "decode_tokens": 2, "repeats": 1},
     }
     for section, values in small.items():
         params[section].update(values)
@@ -165,9 +169,11 @@ class Project:
             raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
 
-    def stage(self, name: str, check: bool = True, kill_after: int | None = None) -> subprocess.CompletedProcess[str]:
-        """Run one stage without DVC; see `run_stage`."""
-        done = run_stage(name, self.folder, process_environment(), kill_after)
+    def stage(self, name: str, check: bool = True, **how: Any) -> subprocess.CompletedProcess[str]:
+        """Run one stage without DVC, behind `sources`, which DVC runs in every run; see `run_stage`."""
+        done = None if name == "sources" else run_stage("sources", self.folder, process_environment())
+        if done is None or done.returncode == 0:
+            done = run_stage(name, self.folder, process_environment(), **how)
         if check and done.returncode:
             raise AssertionError(f"stages.{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done

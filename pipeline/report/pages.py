@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.params import Params
 from pipeline.report import figures, notes, tables
 from pipeline.report.matrices import RankedMatrix, read_matrices
+from pipeline.steps.metrics import significant
 from spectrim.errors import StorageError
 from spectrim.maths.budget import Format
 
@@ -22,7 +23,7 @@ METRICS = {"two_sided": ("two-sided metric", "predicted loss"), "input": ("input
 
 
 @dataclass(frozen=True)
-class Report:
+class RenderedReport:
     """Both documents and the SVG files that report.md links to as figures/NAME.svg."""
 
     markdown: str
@@ -39,7 +40,7 @@ def render(
     refinement: "Mapping[str, np.ndarray]",
     summary: Mapping[str, Any],
     spectra: "Mapping[str, np.ndarray]",
-) -> Report:
+) -> RenderedReport:
     """The whole report; equal arguments give equal bytes.
 
     Args:
@@ -71,7 +72,7 @@ def render(
         "ranks": tables.ranks_table(found, energies, meaning),
     }
     inline = {name: _fluid(svg) for name, svg in drawn.items()}
-    return Report(
+    return RenderedReport(
         markdown=_fill(
             "report.md.j2",
             {
@@ -91,7 +92,7 @@ def discarded(matrix: RankedMatrix, sigma: "np.ndarray") -> float:
 
 
 def read_curve(path: Path) -> "dict[str, np.ndarray]":
-    """Columns of a curve by name, an empty cell as NaN; arrays are empty when nothing was trained.
+    """Columns of a curve by name, as ``significant``, an empty cell as NaN; empty arrays when nothing was trained.
 
     Raises:
         StorageError: the file is missing, or a cell is not a number.
@@ -103,7 +104,7 @@ def read_curve(path: Path) -> "dict[str, np.ndarray]":
             reader = csv.DictReader(stream)
             rows = list(reader)
             return {
-                name: np.array([float("nan" if row[name] == "" else row[name]) for row in rows])
+                name: np.array(significant([float("nan" if row[name] == "" else row[name]) for row in rows]))
                 for name in reader.fieldnames or ()
             }
     except FileNotFoundError:
@@ -115,11 +116,12 @@ def read_curve(path: Path) -> "dict[str, np.ndarray]":
 
 
 def read_spectra(path: Path, names: list[str], metric: str) -> "dict[str, np.ndarray]":
-    """σ of each named matrix in ``metric`` (two_sided or input), float64, descending.
+    """σ of each named matrix in ``metric`` (two_sided or input), as ``significant``, float64, descending.
 
     Raises:
         StorageError: the file is missing or lacks a matrix.
     """
+    import numpy as np
     from safetensors import safe_open
 
     if not Path(path).is_file():
@@ -131,7 +133,8 @@ def read_spectra(path: Path, names: list[str], metric: str) -> "dict[str, np.nda
             raise StorageError(
                 f"{path}: no {metric} spectrum of {missing[0]} (and {len(missing) - 1} more); run: dvc repro -f capture"
             )
-        return {name: stored.get_tensor(f"{metric}.{name}") for name in names}
+        tensors = {name: stored.get_tensor(f"{metric}.{name}") for name in names}
+    return {name: np.array(significant(sigma.tolist())) for name, sigma in tensors.items()}
 
 
 def _text(
@@ -159,7 +162,7 @@ def _text(
         "file_note": notes.file_note(ranks),
         "n_drawn_layers": min(figures.MAX_DRAWN_LAYERS, len({matrix.layer for matrix in found})),
         "running": tables.running_table(metrics),
-        "machine": metrics["machine"],
+        "machine": f"{metrics['machine']}, both in {metrics['dtype']}",
         "tasks": tables.tasks_table(metrics),
         "prompt": params.evaluate.prompt,
         "generation": metrics["generation"],

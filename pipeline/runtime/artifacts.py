@@ -145,6 +145,12 @@ def sha256_file(path: Path) -> str:
         raise StorageError(f"{path}: not found; run the stage that writes it (`dvc repro`)") from None
 
 
+def files_sha256(folder: Path) -> dict[str, str]:
+    """Relative name -> sha256 of every file below ``folder``, in the order of the names."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
 def digest(value: Any) -> str:
     """sha256 of the canonical JSON of ``value``: equal for equal values, whatever the order of a mapping's keys.
 

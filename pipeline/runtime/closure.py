@@ -89,7 +89,7 @@ def code_digest(computes: Callable[..., Any]) -> str:
 
     Of Python its syntax tree without docstrings: what a comment or a line break changes is computed by nobody again.
     """
-    return artifacts.digest({module: _digest_of(module) for module in sorted(_modules(computes))})
+    return artifacts.digest({module: _digest_of(module) for module in sorted(modules_of(computes))})
 
 
 def dependencies(stage: str) -> list[str]:
@@ -107,7 +107,7 @@ def dependencies(stage: str) -> list[str]:
 def _digest_of(module: str) -> str:
     file = module_file(module)
     if file is None:
-        raise ValueError(f"{module}: not a module of this project, whose code can be followed")
+        raise ValueError(f"{module}: none of {PACKAGES}; define what a layer computes in a module there")
     return artifacts.digest({path.as_posix(): _content(path) for path in closure(file)})
 
 
@@ -122,22 +122,17 @@ def _content(file: Path) -> str:
     return hashlib.sha256(ast.dump(module).encode()).hexdigest()
 
 
-def _modules(computes: Callable[..., Any]) -> Iterator[str]:
+def modules_of(computes: Callable[..., Any]) -> Iterator[str]:
     """The modules of a function, a method, a callable object; of a partial also of the callables it holds."""
+    computes = inspect.unwrap(computes)  # of a cache around it
     if isinstance(computes, partial):
         for part in (computes.func, *computes.args, *computes.keywords.values()):
             if callable(part) and not isinstance(part, type):
-                yield from _modules(part)
+                yield from modules_of(part)
         return
     owner = getattr(computes, "__self__", None if inspect.isroutine(computes) else computes)
     module = (computes if owner is None else owner if isinstance(owner, type) else type(owner)).__module__
-    yield _stage_name() if module == "__main__" else module
-
-
-def _stage_name() -> str:
-    import __main__
-
-    return str(getattr(__main__.__spec__, "name", "__main__"))
+    yield module
 
 
 def _executed(node: ast.AST, typing: bool) -> Iterator[ast.AST]:

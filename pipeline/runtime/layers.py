@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pipeline.runtime import prefect_engine, progress
-from pipeline.runtime.store import LayerStore
+from pipeline.runtime.closure import code_digest
+from pipeline.runtime.store import LayerStore, key
 from spectrim.errors import OrchestrationError, SpectrimError
 
 
@@ -45,6 +46,11 @@ class LayerTask:
     name: str
     key: str
     compute: Callable[[Path], None]
+
+
+def keyed(stage: str, name: str, compute: Callable[[Path], None], *parts: Any) -> LayerTask:
+    """The task whose key names all that its result depends on: the code that ``compute`` can execute, and ``parts``."""
+    return LayerTask(name, key(stage, name, code_digest(compute), *parts), compute)
 
 
 def run_layers(

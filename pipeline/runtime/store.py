@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pipeline.runtime import artifacts, progress
@@ -26,22 +25,17 @@ from spectrim.errors import StorageError
 LAYOUT = 1  # raise it when an entry's layout changes: old entries are then never found
 MANIFEST = "manifest.json"
 DAY = 86_400
+LIBRARIES = ("numpy", "scipy", "torch", "transformers")
 
 
 def key(stage: str, layer: str, *parts: Any) -> str:
     """The hex name of a layer's result: hash of the stage, the layer, ``parts`` and the versions that decide its bits.
 
-    ``parts`` is everything else the result depends on: parameters, sha256 of inputs, ``code_digest``; see
+    ``parts`` is everything else the result depends on: parameters, sha256 of inputs, ``closure.code_digest``; see
     ``artifacts.digest`` for what it may hold.
     """
-    libraries = {name: version(name) for name in ("torch", "transformers")}
+    libraries = {name: version(name) for name in LIBRARIES}
     return artifacts.digest([LAYOUT, stage, layer, list(parts), libraries])
-
-
-def code_digest(*modules: ModuleType) -> str:
-    """Hash of the modules' names and source files: a layer is recomputed when the code that computes it changes."""
-    sources = {module.__name__: artifacts.sha256_file(Path(str(module.__file__))) for module in modules}
-    return artifacts.digest(sources)
 
 
 def default_root() -> Path:

@@ -1,6 +1,8 @@
 """The candidates of `train_ranks`: what each method proposes, trained and measured on one copy of the model."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +11,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.config.sections import Compression, TrainRanks
+from pipeline.runtime.artifacts import read_json, write_json
 from pipeline.runtime.progress import bar, progress, say
+from pipeline.runtime.snapshots import Snapshots
 from pipeline.steps import rounded_blocks as rounding
-from pipeline.steps.measure import load_model
+from pipeline.steps.model_folders import load_model
 from pipeline.steps.rank_files import compared, read_rank_file
 from pipeline.steps.spectra_file import NAME as SPECTRA
 from pipeline.steps.spectra_file import read_tokens
-from spectrim.compression.rank_training import (
-    GatedLinear,
-    Step,
-    Truncated,
-    TruncatedActivation,
-    attach,
-    train,
-    validation_loss,
-)
+from spectrim.compression.methods import RANK_METHODS
+from spectrim.compression.rank_training import RankTraining, Step, validation_loss
 from spectrim.compression.statistics import gram_of, inputs_of
+from spectrim.compression.truncated import GatedLinear, Truncated, TruncatedActivation, attach_truncated
 from spectrim.maths import allocation, budget, joint_allocation
-from spectrim.maths.budget import Format
+from spectrim.maths.budget import Format, Shape
 from spectrim.maths.joint_allocation import Option
 from spectrim.maths.lowrank import Factors, closed_form, truncate
+from spectrim.maths.storage_formats import FORMATS
 from spectrim.models.modules import linears_by_block
 
 Ranks = dict[str, int]
+STATE = "training.json"
 
 
 def tied_linears(captured: Path, blocks: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -42,6 +42,12 @@ def tied_linears(captured: Path, blocks: Mapping[str, Mapping[str, Any]]) -> lis
         for name in block:
             groups.setdefault(input_of[name], []).append(name)
     return list(groups.values())
+
+
+def priced(module: Truncated, format: Format, shape: Shape) -> int:
+    """Bytes of full rank in ``format``; tells ``module`` how those of its rank grow: see ``Truncated.share``."""
+    module.pivoted = sum(shape) if FORMATS[format].pivoted else None
+    return budget.matrix_bytes(format, *shape, module.full_rank)
 
 
 class RankSearch:
@@ -119,8 +125,8 @@ class RankSearch:
         shape, align = self._shape(name), self.shared.align
         options = [joint_allocation.dense_option(shape)]
         for format in dict.fromkeys(allowed):
-            if format in budget.FACTORED:
-                rounded = self.storage_losses[format][name] if format in budget.INT8_FACTORS else 0.0
+            if FORMATS[format].factored:
+                rounded = self.storage_losses[format][name] if FORMATS[format].needs_gram else 0.0
                 options += joint_allocation.factored_options(format, sigma, shape, align, rounded)
             elif name in (lost := self.lost[budget.ROUNDED[format]]):
                 largest = rounding.largest_rank(shape)
@@ -132,57 +138,59 @@ class RankSearch:
         shared, settings = self.shared, self.settings
         shapes = {name: self._shape(name) for name in self.linears}
         read = read_rank_file(str(settings.file), settings.file_sha256, shapes)
-        if settings.file_sha256 is None:
-            say(f"{read.path}: sha256 {read.sha256}; as train_ranks.file_sha256 it makes DVC see when the file changes")
         ranks = self._project(list(read.ranks.values()))
         self.file = compared(read, ranks, shapes, shared.format)
         return ranks
 
-    def train(self, windows: Tensor, candidates: Mapping[str, Ranks], curve: list[Step]) -> Ranks:
-        """Ranks trained from the knapsack's (gates) or from uniform ranks (dobi), projected onto the budget.
+    def train(
+        self, windows: Tensor, candidates: Mapping[str, Ranks], curve: list[Step], snapshots: Snapshots | None = None
+    ) -> Ranks:
+        """Ranks trained by the method of the parameters from those it starts from, projected onto the budget.
 
-        Matrices that the starting point keeps dense stay dense: a gate cannot see what being dense is worth.
+        Matrices that the starting point keeps dense stay dense: a gate cannot see what being dense is worth. The steps
+        are added to ``curve``; with ``snapshots`` a killed training goes on from the newest.
         """
-        settings = self.settings
-        start = candidates["fisher" if settings.method == "gates" else "uniform"]
-        modules = self._gated() if settings.method == "gates" else self._truncated()
+        settings, method = self.settings, RANK_METHODS[self.settings.method]
+        start = candidates[str(method.starts_from)]
+        modules: Mapping[str, Truncated] = getattr(self, str(method.modules))()
         for name, module in modules.items():
             module.open = self._format(name, start[name]) == "dense"
-            module.pivoted = sum(self._shape(name)) if self.shared.format == "pifa" else None
-        attach(self.model, modules)
-        costs = {
-            name: budget.matrix_bytes(self.shared.format, *self._shape(name), m.full_rank)
-            for name, m in modules.items()
-        }
-        with bar("train_ranks", settings.steps, unit="step") as progress_bar:
-
-            def on_step(step: Step) -> None:
-                curve.append(step)
-                progress_bar.set_postfix(loss=f"{step.cross_entropy:.3f}")
+        attach_truncated(self.model, modules)
+        costs = {name: priced(module, self.shared.format, self._shape(name)) for name, module in modules.items()}
+        run = RankTraining(
+            self.model,
+            modules,
+            costs,
+            start,
+            windows,
+            groups=self.tied if method.ties else (),
+            objective=settings.objective,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            width=settings.width,
+            beta=settings.beta,
+            seed=self.shared.seed,
+        )
+        if snapshots and (newest := snapshots.newest()):
+            kept = read_json(newest[1] / STATE)
+            run.restore(kept["run"])
+            curve += [Step(**step) for step in kept["curve"]]
+            say(f"train_ranks: goes on after step {run.step} of {run.steps}")
+        with bar("train_ranks: training", run.steps, initial=run.step, unit="step") as progress_bar:
+            while run.step < run.steps:
+                curve.append(run.advance())
+                progress_bar.set_postfix(loss=f"{curve[-1].cross_entropy:.3f}")
                 progress_bar.update()
-
-            trained = train(
-                self.model,
-                modules,
-                costs,
-                start,
-                windows,
-                groups=self.tied if settings.method == "gates" else (),
-                objective=settings.objective,
-                steps=settings.steps,
-                batch_size=settings.batch_size,
-                learning_rate=settings.learning_rate,
-                width=settings.width,
-                beta=settings.beta,
-                seed=self.shared.seed,
-                on_step=on_step,
-            )
+                if snapshots:
+                    snapshots.keep(run.step, partial(_keep, run, curve))
+        trained = run.truncations()
         return self._project([trained.get(name, min(self._shape(name))) for name in self.linears])
 
     def validate(self, candidates: Mapping[str, Ranks], windows: Tensor) -> dict[str, float]:
         """Cross-entropy in nats per token of every candidate on the validation windows."""
-        modules = self._gated()
-        attach(self.model, modules)
+        modules = self.gated()
+        attach_truncated(self.model, modules)
         return {
             name: validation_loss(self.model, modules, ranks, windows)
             for name, ranks in progress(candidates.items(), "train_ranks: validation", len(candidates))
@@ -223,7 +231,7 @@ class RankSearch:
         )
         return dict(zip(self.linears, found, strict=True))
 
-    def _gated(self) -> dict[str, GatedLinear]:
+    def gated(self) -> dict[str, GatedLinear]:
         """Every linear with its full-rank whitened factors in the model's dtype."""
         modules = {}
         for index, block in enumerate(self.blocks.values()):
@@ -240,7 +248,7 @@ class RankSearch:
                 )
         return modules
 
-    def _truncated(self) -> dict[str, Truncated]:
+    def truncated(self) -> dict[str, Truncated]:
         settings = self.settings
         return {
             name: TruncatedActivation(module, settings.taylor_terms, settings.taylor_threshold)
@@ -252,3 +260,7 @@ class RankSearch:
 
     def _format(self, name: str, rank: int) -> Format:
         return self.formats.get(name) or budget.resolve_format(self.shared.format, *self._shape(name), rank)
+
+
+def _keep(run: RankTraining, curve: list[Step], folder: Path) -> None:
+    write_json(folder / STATE, {"run": run.state(), "curve": [asdict(step) for step in curve]})

@@ -1,20 +1,32 @@
-"""What `baseline` and `evaluate` share: models from folders, test windows from `calibrate`, perplexity text by text."""
+"""Measuring models: perplexity text by text, on the windows of `calibrate`; one model in memory at a time."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from pipeline.data.texts import load_windows
-from pipeline.runtime.artifacts import artifact, require_model
+from pipeline.runtime.artifacts import artifact, read_json, write_json
 from pipeline.runtime.progress import progress
+from pipeline.runtime.snapshots import Snapshots
 from spectrim.errors import DataError, NumericalError, StorageError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+VALUE, PARTIAL = "value.json", "partial.json"
+
+
+class Subject(NamedTuple):
+    """A model to measure, and what its quantized linears take (``QuantizedBytes``), where it is a baseline."""
+
+    model: "PreTrainedModel"
+    size: Mapping[str, Any] | None = None
+
+
+Load = Callable[[], Subject]
 
 
 class TextPerplexity(TypedDict):
@@ -26,26 +38,24 @@ class TextPerplexity(TypedDict):
     tokens_sha256: str
 
 
-def load_model(folder: Path, device: "torch.device") -> "PreTrainedModel":
-    """The model of a folder by plain ``from_pretrained``, in the dtype its config.json names, ready to evaluate.
+class _Held:
+    """The subject that was loaded last: many measurements in a row are of one model."""
 
-    Raises:
-        StorageError: there is no such model folder.
-        CheckpointError: a Spectrim checkpoint that must not be loaded.
-    """
-    from transformers import AutoModelForCausalLM  # importing spectrim.errors has registered the checkpoint format
+    def __init__(self) -> None:
+        self._load: Load | None = None
+        self._subject: Subject | None = None
 
-    require_model(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-    return model.to(device).eval()
+    def __call__(self, load: Load) -> Subject:
+        if self._subject is None or self._load is not load:
+            self.release()  # before the next one takes memory
+            self._subject, self._load = load(), load
+        return self._subject
+
+    def release(self) -> None:
+        self._load = self._subject = None
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder. Raises StorageError when there is no such folder."""
-    from transformers import AutoTokenizer
-
-    require_model(folder)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+HELD = _Held()
 
 
 def evaluation_windows() -> dict[str, "Tensor"]:
@@ -62,19 +72,30 @@ def text_perplexities(
     """Text name -> perplexity of ``model`` on its windows, with a progress bar named ``desc``.
 
     Raises:
-        NumericalError, DataError: see ``spectrim.evaluation.perplexity.perplexity``; the message names the text.
+        NumericalError, DataError: see ``spectrim.evaluation.perplexity``; the message names the text.
     """
+    return {name: measured(model, name, windows, batch_size=batch_size, desc=desc) for name, windows in texts.items()}
+
+
+def measured(
+    model: "PreTrainedModel",
+    name: str,
+    windows: "Tensor",
+    *,
+    batch_size: int,
+    desc: str,
+    begun: tuple[int, float] = (0, 0.0),
+    keep: Callable[[int, float], None] = lambda windows, total: None,
+) -> TextPerplexity:
+    """The perplexity of ``model`` on the windows of the text ``name``; ``begun`` and ``keep`` as in ``perplexity``."""
     from spectrim.evaluation.perplexity import perplexity
 
-    found: dict[str, TextPerplexity] = {}
-    for name, windows in texts.items():
-        bar = partial(progress, desc=f"perplexity of {name}, {desc}")
-        try:
-            result = perplexity(model, windows, batch_size=batch_size, progress=bar)
-        except (DataError, NumericalError) as error:
-            raise type(error)(f"{name}: {error}") from error
-        found[name] = {**result, "seq_len": windows.shape[1], "tokens_sha256": tokens_sha256(windows)}
-    return found
+    bar = partial(progress, desc=f"perplexity of {name}{', ' * bool(desc)}{desc}")
+    try:
+        found = perplexity(model, windows, batch_size=batch_size, progress=bar, begun=begun, keep=keep)
+    except (DataError, NumericalError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    return {**found, "seq_len": windows.shape[1], "tokens_sha256": tokens_sha256(windows)}
 
 
 def tokens_sha256(windows: "Tensor") -> str:
@@ -94,26 +115,16 @@ def require_same_tokens(baseline: Mapping[str, Any], texts: Mapping[str, "Tensor
         )
 
 
-def machine(device: "torch.device") -> str:
-    """What speeds and peaks were measured on, in words."""
-    import platform
+def write_perplexity(
+    load: Load, text: str, windows: "Tensor", batch_size: int, snapshots: Snapshots, folder: Path
+) -> None:
+    """Write the ``TextPerplexity`` of a model, and what its linears take, going on from the newest of ``snapshots``."""
+    subject, begun = HELD(load), (0, 0.0)
+    if newest := snapshots.newest():
+        begun = (newest[0], read_json(newest[1] / PARTIAL)["total"])
 
-    import torch
+    def keep(done: int, total: float) -> None:
+        snapshots.keep(done, lambda part: write_json(part / PARTIAL, {"total": total}))
 
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        name = next(line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def process_peak(device: "torch.device") -> dict[str, Any]:
-    """The device, and the most memory this process ever held: ``peak_rss`` bytes, both models and Python included."""
-    import resource
-    import sys
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"device": device.type, "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    found = measured(subject.model, text, windows, batch_size=batch_size, desc="", begun=begun, keep=keep)
+    write_json(folder / VALUE, {**found, "size": subject.size})

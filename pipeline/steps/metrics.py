@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.runtime.artifacts import fresh_folder
 
+DIGITS = 5
 Row = Sequence[str | float | int]
 
 
@@ -19,10 +20,9 @@ def collect(
     baseline: Mapping[str, Any],
     perplexity: Mapping[str, Mapping[str, Any]],
     tasks: Mapping[str, Mapping[str, Any]],
-    running: Mapping[str, Any],
     generation: str,
 ) -> dict[str, Any]:
-    """The content of reports/metrics.json.
+    """The content of reports/metrics.json: what equal inputs make equal, to ``DIGITS`` significant digits.
 
     Args:
         target_ratio: compression.ratio.
@@ -31,10 +31,9 @@ def collect(
         baseline: the content of artifacts/baseline/baseline.json.
         perplexity: text -> ``TextPerplexity`` of the compressed model, on the texts of ``baseline``.
         tasks: task -> ``Score`` of the compressed model, on the tasks of ``baseline``.
-        running: ``speed``, ``memory``, ``parameters``, ``machine`` and ``process``, taken over as they are.
         generation: what the compressed model wrote.
     """
-    return {
+    found = {
         "ratio": {"target": target_ratio, "file": stored["ratio"]},
         "bytes": {name: stored[name] for name in ("file", "linears", "dense_linears_16bit")},
         "pivoting": pivoting(matrices),
@@ -47,7 +46,6 @@ def collect(
             for text, entry in perplexity.items()
         },
         "tasks": {task: _task(baseline["tasks"][task], score) for task, score in tasks.items()},
-        **running,
         "baselines": {
             name: {"ratio": entry["ratio"], "perplexity": entry["perplexity"]}
             for name, entry in baseline["quantization"].items()
@@ -55,13 +53,25 @@ def collect(
         "generation": generation,
         "generation_dense": baseline["generation"],
     }
+    rounded: dict[str, Any] = significant(found)
+    return rounded
+
+
+def significant(value: Any) -> Any:
+    """``value`` with every float in it rounded to ``DIGITS`` significant digits: what is below is the machine's."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {name: significant(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [significant(item) for item in value]
+    return value
 
 
 def write_tables(metrics: Mapping[str, Any], folder: Path) -> None:
-    """size_perplexity.csv, speed.csv and tasks.csv in ``folder``, one row per point of a figure."""
+    """size_perplexity.csv and tasks.csv in ``folder``, one row per point of a figure."""
     tables: dict[str, tuple[Row, list[Row]]] = {
         "size_perplexity": (("text", "model", "ratio", "perplexity"), _size_perplexity(metrics)),
-        "speed": (("phase", "model", "tokens_per_second"), _by_side(metrics["speed"])),
         "tasks": (("task", "model", "score"), _by_side(metrics["tasks"])),
     }
     with fresh_folder(folder) as out:

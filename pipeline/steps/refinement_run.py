@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,12 +18,14 @@ from torch import Tensor
 
 from pipeline.config.sections import Refinement as Settings
 from pipeline.data.texts import load_windows
-from pipeline.runtime.artifacts import read_json, write_json
+from pipeline.runtime.artifacts import read_json, sha256_file, write_json
+from pipeline.runtime.layers import LayerTask, keyed
 from pipeline.runtime.progress import bar, say
-from pipeline.runtime.store import LayerStore, key
+from pipeline.runtime.snapshots import Snapshots
+from pipeline.runtime.store import LayerStore
 from pipeline.steps.factor_files import read_factors, write_factors
-from pipeline.steps.measure import load_model
-from spectrim.compression.refinement import PARTS, Refinement, attach, checkpoint_blocks
+from pipeline.steps.model_folders import load_model
+from spectrim.compression.refinement import PARTS, FactorTraining, attach_factors, checkpoint_blocks
 from spectrim.compression.statistics import last_hidden
 from spectrim.evaluation.perplexity import perplexity
 
@@ -43,7 +46,7 @@ class Point:
     validation_loss: float | None
 
 
-class Refine:
+class RefinementRun:
     """Trains the factors in ``files`` (one per block, LINEAR.left and LINEAR.right) and writes the best of them.
 
     Args:
@@ -52,7 +55,6 @@ class Refine:
         captured: folder of what left the dense model's last block for the calibration windows.
         device: where it runs.
         files: what the closed form left, one file per block.
-        name: identifies everything the run depends on, for its snapshots.
     """
 
     def __init__(
@@ -65,12 +67,36 @@ class Refine:
         settings: Settings,
         seed: int,
         store: LayerStore,
-        name: str,
     ) -> None:
         self.prepared, self.calibrate, self.captured = prepared, calibrate, captured
         self.device, self.files = device, files
-        self.settings, self.seed, self.store, self.name = settings, seed, store, name
+        self.settings, self.seed, self.store = settings, seed, store
         self.curve: list[Point] = []
+
+    @cached_property
+    def name(self) -> str:
+        """The key of the whole run, and part of those of its snapshots."""
+        return self.task().key
+
+    @cached_property
+    def _snapshots(self) -> Snapshots:
+        every, steps = self.settings.validate_every, self.settings.steps
+        return Snapshots(self.store, self.name, {*range(every, steps, every), steps}, seconds=0.0)
+
+    def task(self) -> LayerTask:
+        """The run as one layer of `update_weights`."""
+        tokens = read_json(self.calibrate / "calibrate.json")
+        return keyed(
+            "update_weights",
+            "refinement",
+            self,
+            read_json(self.prepared / "prepare.json")["model_sha256"],
+            [tokens[part]["tokens_sha256"] for part in ("calibration", "validation")],
+            [sha256_file(file) for file in self.files],
+            self.settings,
+            self.seed,
+            str(self.device),
+        )
 
     def __call__(self, folder: Path) -> None:
         """Train, and write one file of factors per block, the curve and a summary into ``folder``."""
@@ -80,9 +106,9 @@ class Refine:
         student = load_model(self.prepared, self.device)
         if settings.checkpointing:
             checkpoint_blocks(student)
-        run = Refinement(
+        run = FactorTraining(
             student,
-            attach(student, read_factors(*self.files)),
+            attach_factors(student, read_factors(*self.files)),
             windows,
             last_hidden(self.captured, settings.seq_len),
             steps=settings.steps,
@@ -108,10 +134,9 @@ class Refine:
 
     def clear(self) -> None:
         """Drop what only an unfinished run needs: once the result is in the store, not before."""
-        for step in self._snapshots():
-            shutil.rmtree(self.store.path(self._key(step)), ignore_errors=True)
+        self._snapshots.clear()
 
-    def _measure(self, run: Refinement, validation: Tensor) -> None:
+    def _measure(self, run: FactorTraining, validation: Tensor) -> None:
         """Add the validation loss to the newest point of the curve."""
         measured = math.log(perplexity(run.model, validation)["perplexity"])
         self.curve[-1] = replace(self.curve[-1], validation_loss=measured)
@@ -130,9 +155,9 @@ class Refine:
         worn = len(losses) - 1 - losses.index(min(losses)) >= self.settings.patience
         return worn or step >= self.settings.steps
 
-    def _keep(self, run: Refinement) -> None:
+    def _keep(self, run: FactorTraining) -> None:
         """Put the run into the store, the best factors beside it, and drop what was there before."""
-        before = self.store.path(self._key(self._measured()[-2][0]))
+        before = self._snapshots.path(self._measured()[-2][0])
 
         def write(folder: Path) -> None:
             # an ended run goes on no more; one by one, because save_file copies what it writes
@@ -146,38 +171,28 @@ class Refine:
                 shutil.copyfile(before / BEST, folder / BEST)
             write_json(folder / "curve.json", [asdict(point) for point in self.curve])
 
-        self.store.commit(self._key(run.step), write)
-        shutil.rmtree(before, ignore_errors=True)
+        self._snapshots.keep(run.step, write)
 
-    def _resume(self, run: Refinement) -> None:
+    def _resume(self, run: FactorTraining) -> None:
         """Go on from the newest snapshot, if there is one."""
-        for step in self._snapshots():
-            if entry := self.store.lookup(self._key(step)):
-                self.curve = [Point(**point) for point in read_json(entry / "curve.json")]
-                if self._ended(step):
-                    run.step = step
-                else:
-                    run.restore({part: load_file(entry / f"{part}.safetensors") for part in PARTS}, step)
-                say(f"update_weights: refinement: goes on after step {step} of {self.settings.steps}")
-                return
+        if newest := self._snapshots.newest():
+            step, entry = newest
+            self.curve = [Point(**point) for point in read_json(entry / "curve.json")]
+            if self._ended(step):
+                run.step = step
+            else:
+                run.restore({part: load_file(entry / f"{part}.safetensors") for part in PARTS}, step)
+            say(f"update_weights: refinement: goes on after step {step} of {self.settings.steps}")
 
     def _write(self, folder: Path) -> None:
         kept = self._best()
-        best = read_factors(self.store.path(self._key(self.curve[-1].step)) / BEST) if kept else None
+        best = read_factors(self._snapshots.path(self.curve[-1].step) / BEST) if kept else None
         for file in self.files:
             began = read_factors(file)
             write_factors(folder / file.name, {name: best[name] for name in began} if best else began)
         write_curve(folder / CURVE, self.curve)
         losses = [loss for _, loss in self._measured()]
         write_json(folder / SUMMARY, {"steps": kept, "before": losses[0], "after": min(losses)})
-
-    def _snapshots(self) -> list[int]:
-        """The steps that a snapshot may be of, the newest first."""
-        every, steps = self.settings.validate_every, self.settings.steps
-        return sorted({*range(every, steps, every), steps}, reverse=True)
-
-    def _key(self, step: int) -> str:
-        return key("refinement", self.name, step)
 
 
 def write_curve(path: Path, curve: Sequence[Point]) -> None:

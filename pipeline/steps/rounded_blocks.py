@@ -15,19 +15,19 @@ from torch import Tensor
 
 from pipeline.config.params import Params
 from pipeline.runtime.artifacts import artifact, read_json, sha256_file
-from pipeline.runtime.layers import LayerTask, run_layers
-from pipeline.runtime.store import LayerStore, code_digest, key
+from pipeline.runtime.layers import keyed, run_layers
+from pipeline.runtime.store import LayerStore
 from pipeline.steps.factor_files import write_rounded
 from pipeline.steps.spectra_file import Tokens, read_tokens
 from spectrim.checkpoint.layout import Matrix
 from spectrim.compression import statistics
 from spectrim.errors import NumericalError
-from spectrim.maths import compensation, lowrank, quantization, whitening
 from spectrim.maths import residual as rounding
-from spectrim.maths.budget import RESIDUAL, ROUNDED, Format, group_size
+from spectrim.maths.budget import RESIDUAL, ROUNDED, Format
 from spectrim.maths.lowrank import Factors, truncate
 from spectrim.maths.quantization import Quantized
-from spectrim.models import blocks, modules
+from spectrim.maths.storage_formats import group_size
+from spectrim.models import blocks
 
 SHARE = 4  # residual factors have at most this part of the full rank: beyond it they cost more than twice the bits
 
@@ -48,16 +48,14 @@ def rounded_blocks(params: Params, formats: Iterable[Format], device: torch.devi
 def _blocks(params: Params, n_bits: int, device: torch.device) -> list[Path]:
     settings = params.capture
     model = blocks.BlockModel(artifact("prepare"), device, tuple(params.compression.exclude))
-    code = code_digest(rounding, blocks, statistics, modules, compensation, lowrank, quantization, whitening)
     weights = read_json(artifact("prepare") / "prepare.json")["model_sha256"]
     tokens = read_tokens(artifact("capture"))
     tasks = []
     for index, block in enumerate(model.names):
         moments = [artifact("capture") / kind / f"{index:03}.safetensors" for kind in ("inputs", "gradients")]
-        identity = (code, weights, [sha256_file(file) for file in moments], settings.damping, settings.max_damping)
+        identity = (weights, [sha256_file(file) for file in moments], settings.damping, settings.max_damping)
         compute = partial(_write, model, index, n_bits, tokens, settings.damping, settings.max_damping)
-        name = key("rounding", block, n_bits, list(tokens), str(device), *identity)
-        tasks.append(LayerTask(block, name, compute))
+        tasks.append(keyed("rounding", block, compute, n_bits, list(tokens), str(device), *identity))
     entries = run_layers(f"rounding to int{n_bits}", tasks, params.runtime, LayerStore())
     return [entries[block] / f"{index:03}.safetensors" for index, block in enumerate(model.names)]
 

@@ -14,14 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config.params import Params
 from pipeline.runtime.artifacts import artifact, sha256_file
-from pipeline.runtime.layers import LayerTask, run_layers
-from pipeline.runtime.store import LayerStore, code_digest, key
+from pipeline.runtime.layers import keyed, run_layers
+from pipeline.runtime.store import LayerStore
 from pipeline.steps.spectra_file import Tokens, read_tokens
 from spectrim.checkpoint import saving
 from spectrim.compression import statistics, storage_loss
 from spectrim.errors import NumericalError
-from spectrim.formats import lowrank_linear, stored_linear
-from spectrim.maths import compensation, factor_rounding, pivoting, quantization, whitening
 from spectrim.maths.budget import INT8_FACTORS, Format
 from spectrim.maths.lowrank import Factors
 
@@ -34,17 +32,13 @@ def storage_losses(params: Params, formats: Iterable[Format], device: torch.devi
 
 
 def _losses(params: Params, format: Format, device: torch.device) -> dict[str, float]:
-    code = code_digest(
-        statistics, lowrank_linear, saving, storage_loss, stored_linear, compensation, factor_rounding, pivoting,
-        quantization, whitening,
-    )  # fmt: skip
     tokens, half = read_tokens(artifact("capture")), saving.half_dtype(artifact("prepare"))
     tasks = []
     for index, file in enumerate(sorted((artifact("capture") / "factors").glob("*.safetensors"))):
         files = [artifact("capture") / kind / file.name for kind in ("inputs", "gradients", "factors")]
-        identity = (code, [sha256_file(part) for part in files], list(tokens), str(half), str(device))
-        name = key("storage loss", file.stem, format, *identity)
-        tasks.append(LayerTask(f"block {file.stem}", name, partial(_write, index, format, half, tokens, device)))
+        identity = ([sha256_file(part) for part in files], list(tokens), str(half), str(device))
+        compute = partial(_write, index, format, half, tokens, device)
+        tasks.append(keyed("storage loss", f"block {file.stem}", compute, format, *identity))
     entries = run_layers(f"rounding to {format}", tasks, params.runtime, LayerStore())
     found: dict[str, float] = {}
     for folder in entries.values():

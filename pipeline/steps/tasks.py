@@ -44,11 +44,16 @@ def load_tasks(tasks: Mapping[str, str]) -> dict[str, list[Any]]:
     """
     if not tasks:
         return {}
+    check_tasks(tasks)
+    _quiet()
+    return {name: _load(name, data) for name, data in tasks.items()}
+
+
+def check_tasks(tasks: Mapping[str, str]) -> None:
+    """Raise DataError for files and folders of ``evaluate.tasks`` that are missing or unsuitable, all at once."""
     problems = [f"evaluate.tasks.{name}: {text}" for name, data in tasks.items() if (text := _problem(data))]
     if problems:
         raise DataError("; ".join(problems))
-    _quiet()
-    return {name: _load(name, data) for name, data in tasks.items()}
 
 
 def run_tasks(
@@ -58,6 +63,7 @@ def run_tasks(
     *,
     limit: int | None = None,
     batch_size: int = 1,
+    answers: Path | None = None,
 ) -> dict[str, Score]:
     """Task name -> Score of ``model`` on tasks from ``load_tasks``.
 
@@ -67,12 +73,14 @@ def run_tasks(
         tasks: what ``load_tasks`` returned.
         limit: examples per task, the first ones; None: all.
         batch_size: requests per forward pass.
+        answers: a file where every answer is kept, and taken from where it stands there already.
     """
     loaded = [task for group in tasks.values() for task in group]
     if not loaded:
         return {}
     import torch
     from lm_eval import evaluate  # simple_evaluate adds nothing but a pip list of this machine, which takes seconds
+    from lm_eval.api.model import CachingLM
     from lm_eval.models.huggingface import HFLM
 
     _quiet()
@@ -81,8 +89,9 @@ def run_tasks(
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEED)
+    harness: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     results = evaluate(
-        lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        lm=CachingLM(harness, str(answers)) if answers else harness,
         task_dict={"tasks": {task.task_name: task for task in loaded}},
         limit=limit,
         bootstrap_iters=BOOTSTRAP,

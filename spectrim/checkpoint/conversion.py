@@ -14,9 +14,10 @@ from spectrim.checkpoint.layout import (
     read_config,
     weight_files,
 )
-from spectrim.checkpoint.saving import PIVOTING, Packed, narrow, pack, read_tensor, write_checkpoint
+from spectrim.checkpoint.saving import read_tensor, write_checkpoint
 from spectrim.errors import CheckpointError
 from spectrim.formats.lowrank_linear import LowRankLinear, factors_of
+from spectrim.formats.packing import PIVOTING, Packed, narrow, pack
 from spectrim.maths.budget import FACTORED, Format, resolve_format
 
 

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spectrim.checkpoint.layout import Matrix
-from spectrim.checkpoint.saving import Packed, narrow, pack, write_checkpoint
+from spectrim.checkpoint.saving import write_checkpoint
 from spectrim.errors import CheckpointError
+from spectrim.formats.packing import Packed, narrow, pack
 from spectrim.maths.budget import Format, dense_bytes, resolve_format
 from spectrim.maths.lowrank import Factors
 

@@ -14,35 +14,9 @@
         "matrices": {"model.layers.0.self_attn.q_proj": {"format": "float16", "rank": 224}, ...}
     }
 
-``matrices`` lists every linear that counts in the ratio by its module path, W (out, in), rank r, n = min(out, in):
-
-    format    tensor               dtype      shape             W ≈ L Rᵀ
-    dense     NAME.weight          F16/BF16   (out, in)         W itself; the rank of the dense formats is n
-    float16   NAME.weight          F16/BF16   (in, r)           R
-              NAME.left            F16/BF16   (out, r)          L
-    pifa      NAME.weight          F16/BF16   (in, r)           Rᵀ: r rows of W, the pivots
-              NAME.left            F16/BF16   (out - r, r)      C: the other rows are C Rᵀ
-              NAME.order           I32        (out,)            W = [Rᵀ; C Rᵀ][order], so L = [I; C][order]
-    int8      NAME.weight          I8         (in, r)           R = weight · weight_scale, one scale per direction
-              NAME.weight_scale    F32        (r,)
-              NAME.left            I8         (out, r)          L = left · left_scale, one scale per row
-              NAME.left_scale      F32        (out,)
-    remap     as int8, but only the first n rows of each side are I8 (NAME.left_scale (n,)); the longer side (if
-              out ≠ in) goes on in
-              NAME.weight_tail     F16/BF16   (in - n, r)       R = [weight · weight_scale; weight_tail]
-              NAME.left_tail       F16/BF16   (out - n, r)      L = [left · left_scale; left_tail]
-    pifa_int8 as pifa, with I8 weight and left, and NAME.weight_scale F32 (r,), NAME.left_scale F32 (out - r,)
-    dense_int8
-              NAME.weight          I8         (out, 1, in)      W = weight · weight_scale, one scale per row
-              NAME.weight_scale    F16        (out, 1)
-    dense_int4                                                  one scale per row and g inputs: 64, or in if it is none
-              NAME.weight          U8         (out, in/g, g/2)  of 64; two's-complement nibbles, the even input low
-              NAME.weight_scale    F16        (out, in/g)
-    int8_residual, int4_residual: the tensors of dense_int8 or dense_int4, and
-              NAME.left            I8         (out, r)          W = weight · weight_scale + L Rᵀ
-              NAME.left_scale      F32        (out,)            L = left · left_scale, one scale per row
-              NAME.right           I8         (in, r)
-              NAME.right_scale     F32        (r,)              R = right · right_scale
+``matrices`` lists every linear that counts in the ratio by its module path. Its tensors are NAME.SUFFIX, with the
+suffixes, shapes and dtypes that ``spectrim.maths.storage_formats`` declares for its format; the rank of a format
+without factors is min(out, in).
 
 Notes:
 - Every other tensor, biases included, has the name and value it has in the dense model.
@@ -57,7 +31,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,12 +39,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spectrim.errors import CheckpointError
 from spectrim.formats.stored_linear import stored_tensors
-from spectrim.maths.budget import ROUNDED, Format, dense_bytes
+from spectrim.maths.budget import Format, dense_bytes
+from spectrim.maths.storage_formats import FORMATS
 
 METHOD = "spectrim"
 VERSION = 1
 KEYS = {"quant_method", "version", "ratio", "stored_dtype", "matrices"}
-SIDES = ("left", "weight")
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CODES = {
     "I8": torch.int8,
@@ -143,8 +117,8 @@ def _problems(fields: Mapping[str, Any]) -> Iterator[str]:
     for name, matrix in matrices.items():
         if not isinstance(matrix, Mapping) or set(matrix) != set(Matrix._fields):
             yield f"{name}: must have exactly {', '.join(Matrix._fields)}"
-        elif matrix["format"] not in get_args(Format):
-            yield f"{name}: unknown format {matrix['format']!r}, must be one of {', '.join(get_args(Format))}"
+        elif matrix["format"] not in list(FORMATS):
+            yield f"{name}: unknown format {matrix['format']!r}, must be one of {', '.join(FORMATS)}"
         elif type(matrix["rank"]) is not int or matrix["rank"] < 1:
             yield f"{name}: rank {matrix['rank']!r} must be an integer of at least 1"
 
@@ -210,9 +184,9 @@ def check_matrix(name: str, matrix: Matrix, found: Mapping[str, tuple[str, tuple
     Raises:
         CheckpointError: a tensor is missing, unlisted, or of another dtype or shape, or the rank above both sides.
     """
-    out_features, in_features = (
-        max(size, 1) for size in _dense_shape(matrix, found)
-    )  # 0: what is missing is said below
+    shapes = {suffix: shape for suffix, (_, shape) in found.items()}
+    sizes = FORMATS[matrix.format].shape_of(shapes, matrix.rank)
+    out_features, in_features = (max(size, 1) for size in sizes)  # 0: what is missing is said below
     expected = stored_tensors(matrix.format, out_features, in_features, matrix.rank)
     for suffix in sorted(expected.keys() | found.keys()):
         if suffix not in found or suffix not in expected:
@@ -231,20 +205,6 @@ def check_matrix(name: str, matrix: Matrix, found: Mapping[str, tuple[str, tuple
             "build or fetch the checkpoint again"
         )
     return out_features, in_features
-
-
-def _dense_shape(matrix: Matrix, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, int]:
-    """(out, in) as the tensors of a matrix have it, which may not be those of its format."""
-    weight = found["weight"][1] if "weight" in found else ()
-    if matrix.format == "dense" and len(weight) == 2:
-        return weight[0], weight[1]
-    if matrix.format in ROUNDED and len(weight) == 3:
-        return weight[0], weight[1] * weight[2] * 8 // ROUNDED[matrix.format]
-    rows = [
-        sum(shape[0] for key, (_, shape) in found.items() if shape and key in (side, f"{side}_tail")) for side in SIDES
-    ]
-    pivots = matrix.rank if matrix.format in ("pifa", "pifa_int8") else 0  # they need no row of coefficients
-    return rows[0] + pivots, rows[1]
 
 
 def by_module(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:

@@ -19,8 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from spectrim.checkpoint.layout import HALF, METHOD, Entry, SpectrimConfig, by_module, check_half, check_matrix, headers
 from spectrim.errors import CheckpointError
-from spectrim.formats.lowrank_linear import LowRankLinear
-from spectrim.formats.quantized_linear import QuantizedLinear
+from spectrim.formats.kinds import kind_of
 from spectrim.formats.shared_input import share
 from spectrim.formats.stored_linear import StoredLinear, stored_tensors
 from spectrim.maths.budget import Format
@@ -105,8 +104,8 @@ class SpectrimQuantizer(HfQuantizer):
             if matrix.format == "dense":
                 continue
             weight, has_bias = linear.weight, linear.bias is not None
-            kind = QuantizedLinear if matrix.format in QuantizedLinear.formats else LowRankLinear
-            module = kind(*shape[::-1], matrix.rank, matrix.format, has_bias, device=weight.device, dtype=weight.dtype)
+            kind, size = kind_of(matrix.format), (shape[1], shape[0])
+            module = kind(*size, matrix.rank, matrix.format, has_bias, device=weight.device, dtype=weight.dtype)
             replace(model, name, module)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:

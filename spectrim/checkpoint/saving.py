@@ -1,10 +1,10 @@
-"""Factors and a dense model's folder -> a Spectrim checkpoint; the format is specified in checkpoint.py."""
+"""Packed matrices and a dense model's folder -> a Spectrim checkpoint, as layout.py specifies it."""
 
 import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
@@ -24,78 +24,8 @@ from spectrim.checkpoint.layout import (
     weight_files,
 )
 from spectrim.errors import CheckpointError
-from spectrim.formats.stored_linear import stored_tensors
-from spectrim.maths.budget import RESIDUAL, ROUNDED, Format, dense_bytes, group_size
-from spectrim.maths.factor_rounding import round_factors
-from spectrim.maths.lowrank import Factors
-from spectrim.maths.pivoting import pivot
-from spectrim.maths.quantization import Quantized, balance, pack_int4, principal
-
-PIVOTING = ("condition", "exchanges")
-"""What ``maths.pivoting.Pivoted`` has to say of a choice of rows."""
-
-
-class Packed(NamedTuple):
-    """One matrix as it is stored.
-
-    ``tensors``: suffix -> tensor, as ``stored_tensors`` lays them out. ``facts``: what spectrim.json is to say of it,
-    PIVOTING of pivoted rows.
-    """
-
-    tensors: Mapping[str, Tensor]
-    facts: Mapping[str, float] = {}
-
-
-def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16, gram: Tensor | None = None) -> Packed:
-    """left @ right in ``format``.
-
-    The norm of each direction is shared equally by both factors first, and directions that become integers are made
-    orthogonal; neither changes the product.
-
-    Args:
-        factors: left (out, rank), right (rank, in), floating point.
-        format: one of ``budget.FACTORED``.
-        dtype: 16-bit dtype of what is not int8.
-        gram: of the inputs, (in, in); with it the left factor makes up for what int8 has changed in the right one.
-
-    Raises:
-        CheckpointError: a value does not fit ``dtype``.
-        NumericalError: a value is not finite.
-    """
-    out, in_, extra, facts = factors.left.shape[0], factors.right.shape[1], dict[str, Tensor](), dict[str, float]()
-    if format in ("pifa", "pifa_int8"):
-        pivoted = pivot(factors)
-        extra, facts = {"order": pivoted.order}, {name: getattr(pivoted, name) for name in PIVOTING}
-        factors = Factors(pivoted.coefficients, pivoted.rows)
-    else:
-        factors = balance(factors) if format == "float16" else principal(factors)
-    if format in ("pifa", "float16"):
-        sides = {"weight": factors.right.mT, "left": factors.left}
-        return Packed({name: narrow(side, dtype).contiguous() for name, side in sides.items()} | extra, facts)
-    stored = stored_tensors(format, out, in_, len(factors.right))
-    heads = (stored["left"].shape[0], stored["weight"].shape[0])  # int8 rows of either factor
-    return Packed(_int8(factors, "weight", dtype, heads, gram) | extra, facts)
-
-
-def pack_rounded(rounded: Quantized, format: Format, residual: Factors | None = None) -> Packed:
-    """A rounded weight in ``format``, with int8 factors of what rounding lost if it has them.
-
-    Args:
-        rounded: symmetric, of the format's bits, in groups of ``budget.group_size``.
-        residual: left (out, rank), right (rank, in).
-
-    Raises:
-        CheckpointError: the groups are not the format's, or it has factors and there are none.
-    """
-    size = group_size(ROUNDED[format], rounded.values.shape[1])
-    if rounded.group_size != size or (residual is None) == (format in RESIDUAL):
-        raise CheckpointError(
-            f"{format} of {rounded.values.shape[1]} inputs: groups of {rounded.group_size} and "
-            f"{'no ' if residual is None else ''}factors; required: groups of {size}, factors in *_residual alone"
-        )
-    values = rounded.values.unflatten(1, (-1, size))
-    packed = {"weight": pack_int4(values) if ROUNDED[format] == 4 else values, "weight_scale": rounded.scale}
-    return Packed(packed if residual is None else packed | _int8(principal(residual), "right"))
+from spectrim.formats.packing import Packed, narrow
+from spectrim.maths.budget import dense_bytes
 
 
 def half_dtype(folder: Path) -> torch.dtype:
@@ -202,38 +132,6 @@ def write_checkpoint(
     return measured
 
 
-def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in a 16-bit dtype.
-
-    Raises:
-        CheckpointError: a value does not fit.
-    """
-    rounded = tensor.to(dtype)
-    if not rounded.isfinite().all():
-        raise CheckpointError(
-            f"a weight of {tensor.abs().max():.3g} does not fit {dtype}, whose largest number is "
-            f"{torch.finfo(dtype).max:.3g}; set prepare.stored_dtype to bfloat16"
-        )
-    return rounded
-
-
-def _int8(
-    factors: Factors,
-    right: str,
-    dtype: torch.dtype = torch.float16,
-    heads: tuple[int, int] | None = None,
-    gram: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Both factors in int8 with their scales, all rows or the first ``heads``; ``right`` names the right one."""
-    found = round_factors(factors, heads or (len(factors.left), factors.right.shape[1]), gram)
-    packed: dict[str, Tensor] = {}
-    for name, side in {"left": found.left, right: found.right}.items():
-        packed |= {name: side.values.contiguous(), f"{name}_scale": side.scale}
-        if len(side.tail):
-            packed[f"{name}_tail"] = narrow(side.tail, dtype).contiguous()
-    return packed
-
-
 def read_tensor(entry: Entry, name: str) -> Tensor:
     """One tensor of a checkpoint's files."""
     with safe_open(entry.file, framework="pt") as opened:
@@ -241,7 +139,7 @@ def read_tensor(entry: Entry, name: str) -> Tensor:
 
 
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """suffix -> dtype code and shape, as ``checkpoint.headers`` has them."""
+    """suffix -> dtype code and shape, as ``layout.headers`` has them."""
     codes = {dtype: code for code, dtype in CODES.items()}
     return {name: (codes.get(part.dtype, str(part.dtype)), tuple(part.shape)) for name, part in tensors.items()}
 

@@ -5,7 +5,7 @@
 p_t and q_t are the next-token distributions of the dense and of the compressed model on the calibration windows, λ the
 ``kl_weight``. Everything but the factors stays as it is: norms, embeddings, biases and the matrices left dense. The
 closed form starts it, AdamW with a linear warm-up and a cosine descent ends it. What the next step depends on is in
-``Refinement.state``, so that a run may be killed and continued with the same bits.
+``FactorTraining.state``, so that a run may be killed and continued with the same bits.
 
 Source: distillation, Hinton et al. 2015, arXiv:1503.02531; on the factors of a truncated model, AA-SVD 2026,
 arXiv:2604.02119.
@@ -36,7 +36,7 @@ PARTS = ("parameter", "mean", "square")  # of a run's state
 POSITIONS = 128  # whose predictions are in memory at once: a vocabulary is 100 times as wide as the hidden states
 
 
-def attach(model: nn.Module, factors: Mapping[str, Factors]) -> dict[str, LowRankLinear]:
+def attach_factors(model: nn.Module, factors: Mapping[str, Factors]) -> dict[str, LowRankLinear]:
     """Put float32 factors in the place of the linears of their names; only they can be trained afterwards.
 
     The norm of each direction is shared by both factors first, so that one learning rate suits both.
@@ -66,12 +66,12 @@ def checkpoint_blocks(model: PreTrainedModel) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-class Refinement:
+class FactorTraining:
     """A training run over the factors of ``model``; ``advance`` takes one step, ``state`` is all it depends on.
 
     Args:
         model: with its factors attached. Its head is the dense model's too, since refinement leaves it as it is.
-        modules: linear name -> its module, as ``attach`` returns them.
+        modules: linear name -> its module, as ``attach_factors`` returns them.
         windows: (windows, seq) int64; each step takes ``batch_size`` of them in a seeded order, every window once
             before any comes again.
         expected: what leaves the dense model's last block for them, (windows, seq, hidden).

@@ -9,8 +9,8 @@ per token, as are the Σ_{i>r} σᵢ² / 2 of ``maths.lowrank.two_sided``, so th
 import torch
 from torch import Tensor
 
-from spectrim.checkpoint.saving import pack
 from spectrim.formats.lowrank_linear import LowRankLinear
+from spectrim.formats.packing import pack
 from spectrim.maths.budget import Format
 from spectrim.maths.lowrank import Factors
 

@@ -1,7 +1,10 @@
-"""Factors of given ranks: truncated decompositions in some metric, or Dobi-SVD's IPCA on real activations."""
+"""Factors of given ranks: truncated decompositions in some metric, or Dobi-SVD's IPCA on real activations.
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+The last part computes one method of methods.py each, from the statistics of one ``Block``.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +26,46 @@ from spectrim.maths.lowrank import (
 from spectrim.maths.subspace import IncrementalPCA, MeanProjector, ipca_update, top_right_singular_vectors
 from spectrim.maths.whitening import cholesky, eigen_whitener
 from spectrim.models.blocks import BlockModel, observed
+
+Damping = tuple[float, float]
+"""First and largest relative damping of a Gram."""
+
+Made = tuple[dict[str, Factors], dict[str, float]]
+"""Factors of every linear, and the damping used, where a Gram was damped."""
+
+
+class Block(Protocol):
+    """What is known of one block; ``pipeline.steps.block_statistics`` reads it from files."""
+
+    model: BlockModel
+    index: int
+    damping: Damping
+    exact_ipca: bool
+    input_of: dict[str, str]
+    grams: dict[str, Tensor]
+    """Input -> G = XᵀX (in, in), float64."""
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Linear -> W (out, in), float32."""
+
+    def hidden(self) -> Tensor:
+        """What enters the block, (windows, seq, hidden)."""
+
+    def gram(self, name: str) -> Tensor:
+        """G of what the linear reads."""
+
+    def gradient_gram(self, name: str) -> Tensor:
+        """D = Σ g gᵀ (out, out), float64."""
+
+    def abs_mean(self, name: str) -> Tensor:
+        """Mean |x| (in,), float64."""
+
+    def captured_factors(self, names: Iterable[str]) -> Made:
+        """Two-sided factors of full rank, and the damping of the side that was decomposed."""
+
+
+Compute = Callable[[Block, Mapping[str, int]], Made]
 
 
 def svd_factors(weights: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Factors]:
@@ -181,3 +224,54 @@ def _each(ranks: Mapping[str, int], decompose: Callable[[str], Decomposition]) -
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error
     return factors
+
+
+def plain_svd_of(block: Block, ranks: Mapping[str, int]) -> Made:
+    """`svd`: see ``svd_factors``."""
+    return svd_factors(block.weights, ranks), {}
+
+
+def asvd_of(block: Block, ranks: Mapping[str, int]) -> Made:
+    """`asvd`: see ``asvd_factors``."""
+    return asvd_factors(block.weights, {name: block.abs_mean(name) for name in ranks}, ranks), {}
+
+
+def closed_form_of(block: Block, ranks: Mapping[str, int]) -> Made:
+    """`closed_form`: see ``closed_form_factors``."""
+    return closed_form_factors(block.weights, {name: block.gram(name) for name in ranks}, ranks), {}
+
+
+def svd_llm_of(block: Block, ranks: Mapping[str, int]) -> Made:
+    """`svd_llm`: see ``svd_llm_factors``."""
+    return _svd_llm(block, ranks, "cholesky")
+
+
+def svd_llm_v2_of(block: Block, ranks: Mapping[str, int]) -> Made:
+    """`svd_llm_v2`: see ``svd_llm_factors``."""
+    return _svd_llm(block, ranks, "two_svds")
+
+
+def _svd_llm(block: Block, ranks: Mapping[str, int], form: Literal["cholesky", "two_svds"]) -> Made:
+    first, largest = block.damping
+    return svd_llm_factors(
+        block.weights, block.grams, block.input_of, ranks, form=form, damping=first, max_damping=largest
+    )
+
+
+def ipca_of(block: Block, ranks: Mapping[str, int]) -> Made:
+    """`ipca`: see ``ipca_factors``."""
+    return ipca_factors(block.model, block.index, block.hidden(), ranks, exact=block.exact_ipca), {}
+
+
+def captured(block: Block, ranks: Mapping[str, int]) -> Made:
+    """`two_sided` in the captured metric: the factors that `capture` made, cut."""
+    full, damping = block.captured_factors(ranks)
+    return truncated_factors(full, ranks), damping
+
+
+def two_sided_anew(block: Block, ranks: Mapping[str, int]) -> Made:
+    """`two_sided` in another metric: see ``two_sided_factors``."""
+    first, largest = block.damping
+    grams = {name: block.gram(name) for name in ranks}
+    gradient_grams = {name: block.gradient_gram(name) for name in ranks}
+    return two_sided_factors(block.weights, grams, gradient_grams, ranks, damping=first, max_damping=largest)

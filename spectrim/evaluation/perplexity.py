@@ -28,7 +28,7 @@ class Perplexity(TypedDict):
     n_tokens: int
 
 
-class Quantized(TypedDict):
+class QuantizedBytes(TypedDict):
     """``bytes`` of the quantized weights with their scales, ``dense_bytes`` of the same in 16 bit, their ``ratio``."""
 
     bytes: int
@@ -38,7 +38,13 @@ class Quantized(TypedDict):
 
 @torch.inference_mode()
 def perplexity(
-    model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, progress: Progress = iter
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    batch_size: int = 1,
+    progress: Progress = iter,
+    begun: tuple[int, float] = (0, 0.0),
+    keep: Callable[[int, float], None] = lambda windows, total: None,
 ) -> Perplexity:
     """exp(Σ losses / n_tokens), n_tokens = n_windows · (seq_len − 1): every next-token loss counted once.
 
@@ -50,14 +56,16 @@ def perplexity(
         windows: (n_windows, seq_len) token ids, integer; moved to the model's device batch by batch.
         batch_size: windows per forward pass.
         progress: wraps the sequence of the batches' first windows, for a progress bar.
+        begun: windows that were measured before, and the sum of their losses in nats.
+        keep: called after every batch with the same two of all so far.
 
     Raises:
         DataError: no window, windows of one token, or a token the model does not know.
         NumericalError: a non-finite loss; names the window and the first module whose output is not finite.
     """
     _check(windows, model)
-    total = torch.zeros((), dtype=torch.float64)
-    for start in progress(range(0, len(windows), batch_size)):
+    total = torch.tensor(begun[1], dtype=torch.float64)
+    for start in progress(range(begun[0], len(windows), batch_size)):
         batch = windows[start : start + batch_size].to(model.device)
         logits = model(input_ids=batch, use_cache=False).logits
         for index, (row, tokens) in enumerate(zip(logits, batch, strict=True)):  # one float32 copy at a time
@@ -65,6 +73,7 @@ def perplexity(
             if not losses.isfinite().all():
                 raise NumericalError(_diagnosis(model, batch[index : index + 1], start + index, losses))
             total += losses.double().sum().cpu()
+        keep(start + len(batch), float(total))
     n_tokens = windows.shape[0] * (windows.shape[1] - 1)
     mean = total / n_tokens
     if not mean.exp().isfinite():
@@ -94,7 +103,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
 @torch.no_grad()
 def quantize_model_(
     model: PreTrainedModel, n_bits: int, *, group_size: int | None = None, exclude: Iterable[str] = ()
-) -> Quantized:
+) -> QuantizedBytes:
     """W <- scale · round(W / scale), symmetric, in place, for every compressible linear: the baseline to beat.
 
     One 16-bit scale per output channel, or per ``group_size`` inputs of one; scales count. The weights stay in the

@@ -129,7 +129,7 @@ def _check_context(name: str, model: PreTrainedModel, n_tokens: int) -> None:
     if context is not None and n_tokens > context:
         raise DataError(
             f"{name}: a speed test of {n_tokens} tokens; the model's context is {context} tokens: lower "
-            "evaluate.speed_prefill_tokens or evaluate.speed_decode_tokens"
+            "speed.prefill_tokens or speed.decode_tokens"
         )
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.formats.products import product
-from spectrim.formats.stored_linear import StoredLinear
+from spectrim.formats.stored_linear import StoredLinear, expanded
 from spectrim.maths.budget import FACTORED
 from spectrim.maths.lowrank import Factors
-from spectrim.maths.quantization import dequantize_int8
 
 
 class FirstProducts(Protocol):
@@ -24,9 +23,9 @@ class FirstProducts(Protocol):
 class LowRankLinear(StoredLinear):
     """y = (x rightᵀ) leftᵀ + bias, with W ≈ left @ right kept in its storage format.
 
-    ``weight`` holds rightᵀ and ``left`` the left factor, see ``stored_tensors``; int8 factors stay int8 in memory. Of
-    ``pifa`` y is [z, z leftᵀ] with z = x weight, its columns put in order. ``shared`` computes z together with that of
-    the linears that read the same input, see shared_input.py.
+    ``weight`` holds rightᵀ and ``left`` the left factor, see maths/storage_formats.py; int8 factors stay int8 in
+    memory. Of pivoted factors y is [z, z leftᵀ] with z = x weight, its columns put in order. ``shared`` computes z
+    together with that of the linears that read the same input, see shared_input.py.
     """
 
     formats = FACTORED
@@ -78,12 +77,9 @@ class LowRankLinear(StoredLinear):
 
     def stored_rows(self, side: str, dtype: torch.dtype) -> Tensor:
         """``weight`` (in, rank) or ``left`` as stored, expanded: the rows of a left factor that are no pivots."""
-        head: Tensor = getattr(self, side)
-        if head.is_floating_point():
-            return head.to(dtype)
-        expanded = dequantize_int8(head, getattr(self, f"{side}_scale"), dim=0 if side == "left" else 1, dtype=dtype)
+        head = expanded(getattr(self, side), getattr(self, f"{side}_scale"), 0 if side == "left" else 1, dtype)
         tail: Tensor | None = getattr(self, f"{side}_tail")
-        return expanded if tail is None else torch.cat([expanded, tail.to(dtype)])
+        return head if tail is None else torch.cat([head, tail.to(dtype)])
 
 
 def factors_of(module: LowRankLinear) -> Factors:

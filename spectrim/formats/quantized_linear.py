@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from spectrim.formats.int4_kernel import file_order, int4_product, kernel_order, suits
 from spectrim.formats.products import product, suits_kernels
-from spectrim.formats.stored_linear import StoredLinear
+from spectrim.formats.stored_linear import StoredLinear, expanded
 from spectrim.maths.budget import ROUNDED
-from spectrim.maths.quantization import dequantize_int8, unpack_int4
+from spectrim.maths.quantization import unpack_int4
 
 
 class QuantizedLinear(StoredLinear):
-    """y = x Qᵀ + (x right) leftᵀ + bias: Q = weight · weight_scale per row and group of inputs, see ``stored_tensors``.
+    """y = x Qᵀ + (x right) leftᵀ + bias: Q = weight · weight_scale, see maths/storage_formats.py.
 
     Integers stay packed in memory. Those of four bits lie as the kernel of int4_kernel.py reads them where it suits the
     model's dtype, and as in the file in every state_dict and pickle; elsewhere each call expands them.
@@ -28,9 +28,9 @@ class QuantizedLinear(StoredLinear):
     weight: nn.Parameter
     weight_scale: nn.Parameter
     left: nn.Parameter
-    left_scale: nn.Parameter
+    left_scale: nn.Parameter | None
     right: nn.Parameter | None
-    right_scale: nn.Parameter
+    right_scale: nn.Parameter | None
     input_dtype: torch.dtype | None = None  # of the inputs to come
 
     @property
@@ -59,8 +59,8 @@ class QuantizedLinear(StoredLinear):
         weight = self._rounded(torch.float32)
         if self.right is None:
             return weight
-        left = dequantize_int8(self.left, self.left_scale, dim=0)
-        return weight + left @ dequantize_int8(self.right, self.right_scale, dim=1).mT
+        left = expanded(self.left, self.left_scale, dim=0, dtype=torch.float32)
+        return weight + left @ expanded(self.right, self.right_scale, dim=1, dtype=torch.float32).mT
 
     def _rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Q as ``product`` takes it: integers and a scale per row, or expanded where a row has several scales."""

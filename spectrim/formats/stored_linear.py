@@ -1,6 +1,6 @@
-"""A linear kept in its storage format: the tensors of every format, and what both kinds of modules share.
+"""A linear kept in its storage format: its tensors, and what all kinds of modules share.
 
-``checkpoint.py`` says how the tensors lie in a file; ``LowRankLinear`` and ``QuantizedLinear`` multiply with them.
+maths/storage_formats.py says what the tensors are; ``LowRankLinear`` and ``QuantizedLinear`` multiply with them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import ModelError
-from spectrim.maths.budget import RESIDUAL, ROUNDED, Format, group_size
+from spectrim.maths.budget import Format
+from spectrim.maths.quantization import dequantize_int8
+from spectrim.maths.storage_formats import FORMATS
 
 
 class Stored(NamedTuple):
@@ -23,48 +25,17 @@ class Stored(NamedTuple):
 
 
 def stored_tensors(format: Format, out_features: int, in_features: int, rank: int) -> dict[str, Stored]:
-    """The tensors that hold W: suffix -> shape and dtype, for every storage format.
+    """The tensors that hold W (out, in) in ``format``: suffix -> shape and dtype, as storage_formats.py has them."""
+    layouts = FORMATS[format].tensors(out_features, in_features, rank)
+    return {
+        suffix: Stored(shape, None if dtype is None else getattr(torch, dtype))
+        for suffix, (shape, dtype) in layouts.items()
+    }
 
-    Factors W ≈ left @ right are stored with one column per direction: ``weight`` = rightᵀ (in, rank) and ``left``
-    (out, rank), so ``weight`` never has the shape of the dense (out, in) weight. In the 8-bit formats a factor is
-    ``head`` rows of int8, followed by the rest of its rows in 16 bits, ``X_tail``. Scales are float32, one per output
-    of each of the two products: ``weight_scale`` (rank,) per direction, ``left_scale`` (head,) per row:
 
-        float16  head = 0: the factor itself is 16-bit, without a scale
-        int8     head = all rows
-        remap    head = min(out, in) rows; only the longer factor has a tail (Wang et al., 2025, arXiv 2502.02723)
-        pifa     ``weight`` holds r of the matrix's own rows, ``left`` (out - r, r) the coefficients of the others, both
-                 16-bit, and ``order`` (out,) int32 where each row stands among the two
-        pifa_int8      the same in int8, with scales
-        dense          ``weight`` (out, in) in 16 bits, no factors
-        dense_int8     ``weight`` (out, 1, in) int8, one float16 scale per row: ``weight_scale`` (out, 1)
-        dense_int4     ``weight`` (out, groups, g / 2) uint8, two inputs per byte; ``weight_scale`` (out, groups)
-        X_residual     those of dense_X; and of W minus that the factors ``left`` (out, r) and ``right`` (in, r), int8
-                       with scales
-    """
-    if format == "dense":
-        return {"weight": Stored((out_features, in_features), None)}
-    if format in ROUNDED:
-        tensors = _rounded(ROUNDED[format], out_features, in_features)
-        if format in RESIDUAL:
-            tensors |= _int8("left", out_features, rank, out_features) | _int8("right", in_features, rank, rank)
-        return tensors
-    if format in ("pifa", "pifa_int8"):
-        order = {"order": Stored((out_features,), torch.int32)}
-        rows = {"weight": in_features, "left": out_features - rank}
-        if format == "pifa":
-            return {side: Stored((count, rank), None) for side, count in rows.items()} | order
-        return _int8("weight", in_features, rank, rank) | _int8("left", rows["left"], rank, rows["left"]) | order
-    tensors = {}
-    for side, count in (("weight", in_features), ("left", out_features)):
-        head = {"float16": 0, "int8": count, "remap": min(in_features, out_features)}[format]
-        if head == 0:
-            tensors[side] = Stored((count, rank), None)
-            continue
-        tensors |= _int8(side, head, rank, head if side == "left" else rank)
-        if count > head:
-            tensors[f"{side}_tail"] = Stored((count - head, rank), None)
-    return tensors
+def expanded(factor: Tensor, scale: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
+    """A factor in ``dtype``, multiplied with its ``scale`` along ``dim`` where it has one and is int8."""
+    return factor.to(dtype) if scale is None else dequantize_int8(factor, scale, dim, dtype)
 
 
 class StoredLinear(nn.Module):
@@ -166,17 +137,3 @@ class StoredLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"format={self.format}, bias={self.bias is not None}"
         )
-
-
-def _int8(side: str, rows: int, rank: int, n_scales: int) -> dict[str, Stored]:
-    return {side: Stored((rows, rank), torch.int8), f"{side}_scale": Stored((n_scales,), torch.float32)}
-
-
-def _rounded(n_bits: int, out_features: int, in_features: int) -> dict[str, Stored]:
-    size = group_size(n_bits, in_features)
-    groups = in_features // size
-    weight = (out_features, groups, size * n_bits // 8)
-    return {
-        "weight": Stored(weight, torch.int8 if n_bits == 8 else torch.uint8),
-        "weight_scale": Stored((out_features, groups), torch.float16),
-    }

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from spectrim.checkpoint.layout import HALF, METHOD, Matrix, SpectrimConfig
 from spectrim.errors import CheckpointError, ModelError, SpectrimError
-from spectrim.formats.lowrank_linear import LowRankLinear
-from spectrim.formats.quantized_linear import QuantizedLinear
+from spectrim.formats.kinds import kind_of
 from spectrim.formats.shared_input import share
 from spectrim.formats.stored_linear import StoredLinear, stored_tensors
 from spectrim.maths.budget import Format
@@ -124,8 +123,7 @@ def _part(format: Format, rank: int, out_features: int, in_features: int, dtype:
     if format == "dense":
         device = torch.get_default_device()
         return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False, device=device, dtype=dtype)
-    kind = QuantizedLinear if format in QuantizedLinear.formats else LowRankLinear
-    return kind(in_features, out_features, rank, format, False, dtype=dtype)
+    return kind_of(format)(in_features, out_features, rank, format, False, dtype=dtype)
 
 
 @cache

@@ -20,8 +20,8 @@ from torch import Tensor
 from spectrim.errors import BudgetError, NumericalError
 from spectrim.maths.budget import Format, Shape, break_even_rank, dense_bytes, matrix_bytes, stored_bytes
 from spectrim.maths.budget import budget_bytes as bytes_at_ratio
+from spectrim.maths.energies import discarded
 from spectrim.maths.knapsack import Choice, Ladder, cheapest, nearest, require_within
-from spectrim.maths.lowrank import discarded
 from spectrim.maths.whitening import require_finite
 
 Groups = Sequence[Sequence[int]]

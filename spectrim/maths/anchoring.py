@@ -16,7 +16,7 @@ def anchored(weight: Tensor, cross: Tensor, gram: Tensor, alpha: float = 1.0, da
 
     With α the targets are α X Wᵀ + (1 − α) X' Wᵀ. The best rank-r W' for them on the inputs X' is the best rank-r
     approximation of M in the metric of G', δ aside. X' = X gives W back, and so do α = 0 and a large δ: what the tokens
-    do not determine stays as it was. O(n³ + m n²) time.
+    do not determine stays as it was, everything where G' is zero. O(n³ + m n²) time.
 
     Args:
         weight: W, (m, n).
@@ -44,6 +44,8 @@ def anchored(weight: Tensor, cross: Tensor, gram: Tensor, alpha: float = 1.0, da
     require_finite("weight", weight)
     require_finite("cross", cross)
     weight, matrix = weight.double(), damped(gram, damping)
+    if not bool(matrix.any()):
+        return weight
     shift = float(damping * gram.double().diagonal().mean())
     towards = weight @ cross.double() + shift * weight
     return alpha * torch.linalg.solve(matrix, towards.T).T + (1 - alpha) * weight

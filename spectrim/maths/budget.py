@@ -1,89 +1,32 @@
 """Ranks, bytes and ratios: what a matrix costs on disk in every storage format.
 
-A weight is (out, in); m = max(out, in), n = min(out, in), rank r <= n. Scales are counted, biases are not:
-
-    dense    2 m n                                      the original weight, 16 bit
-    float16  2 r (m + n)                                both factors, 16 bit
-    int8     r (m + n) + s (r + out)                    both factors int8, a scale per direction of the right one and
-                                                        per row of the left one
-    remap    2 n r + 2 (m - n) r + s (r + n)            n rows of the longer factor and all of the shorter one int8,
-             (Dobi-SVD, Wang et al. 2025,               the other m - n rows 16 bit
-             arXiv:2502.02723, Algorithm 3)
-    pifa     2 r (m + n - r) + i out                    r of the weight's rows, the others' coefficients, their order
-             (PIFA, Zhao et al. 2025, arXiv:2501.19090)
-    pifa_int8      r (m + n - r) + s out + i out        the same in int8, a scale per pivot and per other row
-    dense_int8     m n + h out                          int8, one scale per row
-    dense_int4     m n / 2 + h m n / g                  int4, one scale per row and group of g inputs
-    int8_residual  dense_int8 + int8                    the rounded weight, and int8 factors of what rounding lost
-    int4_residual  dense_int4 + int8
-
-with s = SCALE_BYTES, i = INDEX_BYTES, h = GROUP_SCALE_BYTES, g = group_size(in). Those with factors grow with r, so a
-rank and a byte count determine each other. A matrix whose factors would cost as much as the dense weight or more is
-stored dense. The ratio of a set of matrices is Σ stored_bytes / Σ dense_bytes, in (0, 1].
+Bytes are those of the tensors that a format declares (storage_formats.py): scales and indices are counted, biases are
+not. Those of a format with factors grow with the rank, so a rank and a byte count determine each other. A matrix whose
+factors would cost as much as the dense weight or more is stored dense. The ratio of a set of matrices is
+Σ stored_bytes / Σ dense_bytes, in (0, 1].
 """
 
 from bisect import bisect_left
 from collections.abc import Iterable
 from fractions import Fraction
-from typing import Literal, get_args
 
 from spectrim.errors import BudgetError
+from spectrim.maths.storage_formats import FORMATS, Shape, named
 
-Format = Literal[
-    "float16",
-    "pifa",
-    "remap",
-    "int8",
-    "pifa_int8",
-    "dense",
-    "dense_int8",
-    "dense_int4",
-    "int8_residual",
-    "int4_residual",
-]
-Shape = tuple[int, int]
+Format = str
+"""The name of a storage format, one of FORMATS."""
 
-FACTORED: tuple[Format, ...] = ("float16", "pifa", "remap", "int8", "pifa_int8")
+FACTORED: tuple[Format, ...] = tuple(named(lambda format: format.factored))
 """W ≈ left @ right; nothing else is kept."""
 
-INT8_FACTORS: tuple[Format, ...] = ("remap", "int8", "pifa_int8")
+INT8_FACTORS: tuple[Format, ...] = tuple(named(lambda format: format.needs_gram))
 """Those of them whose factors are int8, in whole or in part."""
 
-ROUNDED: dict[Format, int] = {"dense_int8": 8, "dense_int4": 4, "int8_residual": 8, "int4_residual": 4}
+ROUNDED: dict[Format, int] = {name: format.n_bits for name, format in FORMATS.items() if format.n_bits is not None}
 """The formats that hold a rounded weight, and its bits."""
 
-RESIDUAL: tuple[Format, ...] = ("int8_residual", "int4_residual")
-"""Those of them with int8 factors of W minus its rounded weight."""
-
-SCALE_BYTES = 4
-"""One float32 scale per direction of the right factor and per int8 row of the left one."""
-
-INDEX_BYTES = 4
-"""One int32 per row: where it stands among the pivots and the rows made from them."""
-
-GROUP_SCALE_BYTES = 2
-"""One float16 scale per row and group of a rounded weight."""
-
-GROUP = 64
-"""Inputs that share a scale in int4, where it divides their number."""
-
-
-def group_size(n_bits: int, in_: int) -> int:
-    """Inputs per scale of a rounded weight: GROUP in int4 if that divides ``in_``, otherwise the whole row."""
-    return GROUP if n_bits == 4 and in_ % GROUP == 0 else in_
-
-
-def rounded_weight_bytes(n_bits: int, out: int, in_: int) -> int:
-    """Bytes of a rounded weight with its scales.
-
-    Raises:
-        BudgetError: int4 of an odd number of inputs, which fill no whole bytes.
-    """
-    if n_bits * in_ % 8:
-        raise BudgetError(
-            f"int{n_bits} of a ({out}, {in_}) matrix: an even number of inputs is required; keep it dense"
-        )
-    return out * in_ * n_bits // 8 + GROUP_SCALE_BYTES * out * (in_ // group_size(n_bits, in_))
+RESIDUAL: tuple[Format, ...] = tuple(name for name in ROUNDED if FORMATS[name].has_factors)
+"""Those of them with factors of W minus its rounded weight."""
 
 
 def dense_bytes(out: int, in_: int) -> int:
@@ -97,38 +40,30 @@ def matrix_bytes(format: Format, out: int, in_: int, rank: float) -> int:
     A fractional rank, as training has them, is interpolated and rounded down.
 
     Raises:
-        BudgetError: the rank is not in (0, min(out, in)], or the format is unknown or cannot hold that shape.
+        BudgetError: the rank is not in (0, min(out, in)], the format is unknown, or it packs several inputs into a byte
+            and their number fills no whole bytes.
     """
-    if format == "dense":
-        return dense_bytes(out, in_)
-    rounded = rounded_weight_bytes(ROUNDED[format], out, in_) if format in ROUNDED else 0
-    if rounded and format not in RESIDUAL:
-        return rounded
-    if not 0 < rank <= min(out, in_):
+    if format not in FORMATS:
+        raise BudgetError(f"format {format!r} is none of {', '.join(FORMATS)}")
+    chosen = FORMATS[format]
+    if chosen.n_bits is not None and chosen.n_bits * in_ % 8:
+        raise BudgetError(
+            f"int{chosen.n_bits} of a ({out}, {in_}) matrix: an even number of inputs is required; keep it dense"
+        )
+    if chosen.has_factors and not 0 < rank <= min(out, in_):
         raise BudgetError(f"rank {rank} of a ({out}, {in_}) matrix; it must lie in [1, {min(out, in_)}]")
-    match format:
-        case "float16":
-            return int(2 * rank * (out + in_))
-        case "pifa":
-            return int(2 * rank * (out + in_ - rank)) + INDEX_BYTES * out
-        case "remap":
-            return int(rank * (2 * max(out, in_) + SCALE_BYTES)) + SCALE_BYTES * min(out, in_)
-        case "pifa_int8":
-            return int(rank * (out + in_ - rank)) + (SCALE_BYTES + INDEX_BYTES) * out
-        case "int8" | "int8_residual" | "int4_residual":
-            return rounded + int(rank * (out + in_ + SCALE_BYTES)) + SCALE_BYTES * out
-        case _:
-            raise BudgetError(f"format {format!r} is none of {', '.join(get_args(Format))}")
+    return chosen.n_bytes(out, in_, rank)
 
 
 def resolve_format(format: Format, out: int, in_: int, rank: int) -> Format:
     """``format`` if it is cheaper than the 16-bit weight, else "dense".
 
-    So is pifa_int8 of full rank: there dense_int8 is the same for less, and its rows would look like a dense weight.
+    So are pivoted factors of full rank: a rounded weight is the same for less, and all rows of a square one would look
+    like a dense weight.
     """
-    if format == "pifa_int8" and rank == min(out, in_):
-        return "dense"
-    return format if matrix_bytes(format, out, in_, rank) < dense_bytes(out, in_) else "dense"
+    n_bytes = matrix_bytes(format, out, in_, rank)
+    everything = FORMATS[format].pivoted and rank == min(out, in_)
+    return format if n_bytes < dense_bytes(out, in_) and not everything else "dense"
 
 
 def stored_bytes(format: Format, out: int, in_: int, rank: int) -> int:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from spectrim.maths.allocation import choices
 from spectrim.maths.budget import FACTORED, RESIDUAL, Format, Shape, dense_bytes, matrix_bytes
+from spectrim.maths.energies import discarded
 from spectrim.maths.knapsack import Choice, Ladder, cheapest
-from spectrim.maths.lowrank import discarded
 
 
 class Option(NamedTuple):

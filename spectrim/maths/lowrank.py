@@ -12,6 +12,7 @@ rank r by slicing: W'_r = left[:, :r] @ right[:r].
     two_sided          min ‖D^½ (W − W') G^½‖_F   predicts the increase of the loss, so it compares across matrices
 
 Each minimum is the discarded energy Σ_{i>r} σᵢ² (Eckart and Young 1936, in the respective metric). Float64 throughout.
+Where G, D or S is zero, nothing is lost whatever W' is: σ = 0, and the factors are those of the identity in its place.
 """
 
 from typing import NamedTuple
@@ -20,7 +21,15 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import NumericalError
-from spectrim.maths.whitening import Whitener, cholesky, damped, eigen_whitener, require_finite, sqrt_and_inverse
+from spectrim.maths.whitening import (
+    Whitener,
+    cholesky,
+    damped,
+    eigen_whitener,
+    require_finite,
+    sqrt_and_inverse,
+    weighing,
+)
 
 
 class Factors(NamedTuple):
@@ -51,21 +60,6 @@ def truncate(decomposition: Decomposition, rank: int) -> Factors:
     return Factors(*(part.clone(memory_format=torch.contiguous_format) for part in (left, right)))
 
 
-def discarded(energy: Tensor) -> Tensor:
-    """E_r = Σ_{i>r} eᵢ for r = 0..k, eᵢ = σᵢ²: (k,) -> (k + 1,), float64, non-increasing, E_k = 0."""
-    energy = energy.double()
-    return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
-
-
-def predicted_loss(sigma: Tensor, n_tokens: int) -> Tensor:
-    """Σ_{i>r} σᵢ² / (2·n_tokens) for r = 0..k: (k,) -> (k + 1,), the second-order increase of the summed loss.
-
-    ``sigma`` is that of ``two_sided``, with G and D summed over the same ``n_tokens`` tokens and D of the summed loss.
-    Another normalisation of the loss changes it by one factor common to all matrices: every comparison stays as it is.
-    """
-    return discarded(sigma.double().square()) / (2 * n_tokens)
-
-
 def plain_svd(weight: Tensor) -> Decomposition:
     """min ‖W − W'‖_F: W = U Σ Vᵀ, left = U √Σ, right = √Σ Vᵀ. It ignores the activations: the baseline.
 
@@ -90,7 +84,7 @@ def asvd(weight: Tensor, abs_mean: Tensor, exponent: float = 0.5) -> Decompositi
         exponent: α; 0 is ``plain_svd``.
 
     Raises:
-        NumericalError: wrong shapes, non-finite or negative entries, or every channel is silent.
+        NumericalError: wrong shapes, non-finite or negative entries.
 
     Source: ASVD, Yuan et al. 2023, arXiv:2312.05821 (α = 0.5 with the mean absolute activation).
     """
@@ -102,15 +96,12 @@ def asvd(weight: Tensor, abs_mean: Tensor, exponent: float = 0.5) -> Decompositi
         )
     require_finite("abs_mean", abs_mean)
     lowest, highest = float(abs_mean.min()), float(abs_mean.max())
-    if lowest < 0 or highest == 0:
-        raise NumericalError(
-            f"abs_mean lies in [{lowest:.3g}, {highest:.3g}]; means of |x| are required, one of them positive; "
-            "calibrate on more tokens or exclude the matrix from compression"
-        )
-    scale = abs_mean.double().pow(exponent)
+    if lowest < 0:
+        raise NumericalError(f"abs_mean falls to {lowest:.3g}; means of |x| are required; pass its own layer's")
+    scale = abs_mean.double().pow(exponent) if highest > 0 else torch.ones_like(abs_mean, dtype=torch.float64)
     scale = scale.clamp(min=1e-6 * float(scale.max()))
     left, sigma, right = _svd(weight * scale)
-    return Decomposition(left, sigma, right / scale)
+    return _weighed(Decomposition(left, sigma, right / scale), abs_mean)
 
 
 def closed_form(weight: Tensor, gram: Tensor) -> Decomposition:
@@ -169,7 +160,8 @@ def svd_llm_cholesky(
     if lower is None:
         lower, _ = cholesky(gram, damping, max_damping)
     left, sigma, right = _svd(weight @ lower)
-    return Decomposition(left, sigma, torch.linalg.solve_triangular(lower, right, upper=False, left=False))
+    right = torch.linalg.solve_triangular(lower, right, upper=False, left=False)
+    return _weighed(Decomposition(left, sigma, right), gram)
 
 
 def svd_llm_v2(
@@ -187,7 +179,7 @@ def svd_llm_v2(
     gram = _side("gram", gram, weight.shape[1])
     whitener = whitener or eigen_whitener(gram, damping, max_damping)
     left, sigma, right = _svd(weight @ whitener.root)
-    return Decomposition(left, sigma, right @ whitener.inverse)
+    return _weighed(Decomposition(left, sigma, right @ whitener.inverse), gram)
 
 
 def two_sided(
@@ -224,6 +216,7 @@ def two_sided(
     weight = _weight(weight)
     gram = _side("gram", gram, weight.shape[1])
     gradient_gram = _side("gradient_gram", gradient_gram, weight.shape[0])
+    given, gram, gradient_gram = (gram, gradient_gram), weighing(gram), weighing(gradient_gram)
     # A square matrix may take either side; take the one whose root somebody has paid for already.
     input_side = gram_root is not None and gradient_root is None and weight.shape[0] == weight.shape[1]
     if weight.shape[0] > weight.shape[1] or input_side:
@@ -232,12 +225,13 @@ def two_sided(
         metric = damped(gradient_gram, gradient_root.damping if gradient_root else damping)
         sigma, vectors = _eigen(half.T @ (metric @ half))
         scale = _balance(sigma)
-        return Decomposition(half @ vectors / scale, sigma, scale[:, None] * (vectors.T @ whitener.inverse))
+        found = Decomposition(half @ vectors / scale, sigma, scale[:, None] * (vectors.T @ whitener.inverse))
+        return _weighed(found, *given)
     whitener = gradient_root or sqrt_and_inverse(gradient_gram, damping, max_damping)
     half = whitener.root @ weight  # (m, n)
     sigma, vectors = _eigen(half @ damped(gram, gram_root.damping if gram_root else damping) @ half.T)
     scale = _balance(sigma)
-    return Decomposition(whitener.inverse @ vectors * scale, sigma, vectors.T @ half / scale[:, None])
+    return _weighed(Decomposition(whitener.inverse @ vectors * scale, sigma, vectors.T @ half / scale[:, None]), *given)
 
 
 def smaller_root(
@@ -276,6 +270,11 @@ def _svd(matrix: Tensor) -> Decomposition:
     left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
     scale = sigma.sqrt()
     return Decomposition(left * scale, sigma, scale[:, None] * right)
+
+
+def _weighed(found: Decomposition, *metrics: Tensor) -> Decomposition:
+    """``found``, with σ = 0 where a metric is zero: whatever is dropped then changes nothing."""
+    return found if all(bool(metric.any()) for metric in metrics) else found._replace(sigma=found.sigma * 0)
 
 
 def _eigen(product: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,14 @@ orthonormal basis of the columns keep the coefficients small, which is what roun
 still larger than BOUND, rows are exchanged until none is, each exchange enlarging the pivots' determinant by that
 factor (a strong rank-revealing choice).
 
+A matrix with fewer than r independent rows, such as one of zeros, has pivots that no other row needs: any will do, and
+their coefficients are 0.
+
 Sources: PIFA, Zhao et al. 2025, arXiv:2501.19090; Gu and Eisenstat 1996, SIAM J. Sci. Comput. 17(4) (strong
 rank-revealing factorizations); LAPACK's geqp3 through scipy.
 """
 
+import math
 from typing import NamedTuple
 
 import scipy.linalg
@@ -28,7 +32,7 @@ BOUND = 4.0
 
 
 class Pivoted(NamedTuple):
-    """W = [rows; coefficients @ rows][order].
+    """``W = [rows; coefficients @ rows][order]``.
 
     ``rows`` (r, in) and ``coefficients`` C (out − r, r) in the dtype of the factors, ``order`` (out,) int32;
     ``exchanges`` counts the rows that the stronger pivoting had to exchange, 0 as a rule; ``condition`` = ‖[I; C]‖₂,
@@ -43,15 +47,16 @@ class Pivoted(NamedTuple):
 
 
 def pivot(factors: Factors) -> Pivoted:
-    """[rows; coefficients @ rows][order] = left @ right, every |coefficient| <= BOUND; computed in float64.
+    """``[rows; coefficients @ rows][order] = left @ right``, every |coefficient| <= BOUND; computed in float64.
 
-    O(out r²) time. Pivots and the other rows keep their order among themselves, so equal inputs give equal bytes.
+    O(out r²) time. Pivots and the other rows keep their order among themselves, so equal inputs give equal bytes. Where
+    left has fewer than r independent columns, the first of the rows that are left over fill up the pivots.
 
     Args:
         factors: left (out, r), right (r, in), r <= min(out, in).
 
     Raises:
-        NumericalError: not finite, r above out, or left has fewer than r independent columns.
+        NumericalError: not finite, or r above out.
     """
     left, right = factors.left.double(), factors.right.double()
     require_finite("left", left)
@@ -59,21 +64,38 @@ def pivot(factors: Factors) -> Pivoted:
     out, rank = left.shape
     if not 1 <= rank <= out:
         raise NumericalError(f"left has shape {tuple(left.shape)}; at least as many rows as directions are required")
-    basis, mixing = torch.linalg.qr(left)  # (out, r), (r, r)
-    diagonal = mixing.diagonal().abs()
-    if float(diagonal.min()) <= out * torch.finfo(left.dtype).eps * float(diagonal.max()):
-        raise NumericalError(
-            f"left {tuple(left.shape)} has fewer than {rank} independent columns (smallest pivot "
-            f"{float(diagonal.min()):.3g} of {float(diagonal.max()):.3g}); lower this matrix's rank"
-        )
-    chosen = torch.from_numpy(scipy.linalg.qr(basis.T.cpu().numpy(), mode="r", pivoting=True)[1][:rank].copy())
-    pivots, exchanges = _strengthened(basis, chosen.long().to(left.device))
+    basis = _basis(left)  # (out, q), q <= r
+    needed, exchanges = _independent_rows(basis)
+    pivots = torch.cat([needed, _others(needed, out)[: rank - len(needed)]]).sort().values
     rest = _others(pivots, out)
-    coefficients = _coefficients(basis, pivots, rest)
+    coefficients = left.new_zeros(len(rest), rank)
+    coefficients[:, torch.isin(pivots, needed)] = _coefficients(basis, needed, rest)
     order = torch.argsort(torch.cat([pivots, rest]))
-    condition = 1 / float(torch.linalg.matrix_norm(basis[pivots], ord=-2))  # basis = [I; C] basis[pivots], orthonormal
+    if len(needed) == rank:  # basis = [I; C] basis[pivots], orthonormal
+        condition = 1 / float(torch.linalg.matrix_norm(basis[needed], ord=-2))
+    else:
+        condition = math.hypot(1, float(torch.linalg.svdvals(coefficients).max())) if len(rest) else 1.0
     dtype = factors.left.dtype
     return Pivoted((left[pivots] @ right).to(dtype), coefficients.to(dtype), order.int(), exchanges, condition)
+
+
+def _basis(left: Tensor) -> Tensor:
+    """An orthonormal basis of the columns, (out, q), q of them above rounding."""
+    basis, mixing = torch.linalg.qr(left)
+    diagonal, rounding = mixing.diagonal().abs(), len(left) * torch.finfo(left.dtype).eps
+    if float(diagonal.min()) > rounding * float(diagonal.max()):
+        return basis
+    vectors, sigma, _ = torch.linalg.svd(left, full_matrices=False)
+    return vectors[:, sigma > rounding * sigma[0]]
+
+
+def _independent_rows(basis: Tensor) -> tuple[Tensor, int]:
+    """As many rows as there are columns, ascending, that bound the others, and how many were exchanged for that."""
+    columns = basis.shape[1]
+    if columns == 0:
+        return torch.zeros(0, dtype=torch.long, device=basis.device), 0
+    order = scipy.linalg.qr(basis.T.cpu().numpy(), mode="r", pivoting=True)[1]
+    return _strengthened(basis, torch.from_numpy(order[:columns].copy()).long().to(basis.device))
 
 
 def _strengthened(basis: Tensor, pivots: Tensor) -> tuple[Tensor, int]:

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from spectrim.maths.budget import group_size
 from spectrim.maths.compensation import compensated
 from spectrim.maths.lowrank import Decomposition, smaller_root, two_sided
 from spectrim.maths.quantization import Quantized, dequantize
+from spectrim.maths.storage_formats import group_size
 
 
 class Rounded(NamedTuple):

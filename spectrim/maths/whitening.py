@@ -4,6 +4,10 @@ With G = XᵀX the output error of a changed weight is ‖X (W − W')ᵀ‖_F =
 problem about activations into one about matrices (SVD-LLM, Wang et al. 2024, arXiv:2403.07378). Damping δ is relative
 to the mean of the diagonal; where the asked δ cannot make the Gram positive it grows tenfold up to a stated bound, and
 the value used is returned, never hidden. Everything is computed in float64.
+
+A Gram of zeros weighs no error at all: whatever W' is, it is a best one. The identity takes its place (``weighing``),
+whose best W' is that of the plain SVD. Zero inputs come behind a matrix of zeros, zero output gradients before one, as
+where a model was grown by layers that change nothing yet.
 """
 
 from typing import NamedTuple
@@ -35,6 +39,11 @@ def require_finite(name: str, tensor: Tensor) -> None:
         )
 
 
+def weighing(gram: Tensor) -> Tensor:
+    """G, or the identity where G is zero."""
+    return gram if bool(gram.any()) else torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
 def damped(gram: Tensor, damping: float) -> Tensor:
     """G + δ·mean(diag G)·I, float64; G itself, symmetrised, when δ = 0.
 
@@ -53,7 +62,7 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 
 
 def sqrt_and_inverse(gram: Tensor, damping: float = 0.0, max_damping: float = 1e-2) -> Whitener:
-    """S = (G + δ·mean(diag G)·I)^½, symmetric, and its pseudo-inverse S⁺.
+    """S = (G + δ·mean(diag G)·I)^½, symmetric, and its pseudo-inverse S⁺; of ``weighing(G)``.
 
     S S = the damped Gram; S S⁺ is the projector on its range (the identity when δ > 0). O(n³) time.
 
@@ -63,14 +72,14 @@ def sqrt_and_inverse(gram: Tensor, damping: float = 0.0, max_damping: float = 1e
         max_damping: largest δ tried; each step is ten times the one before.
 
     Raises:
-        NumericalError: G is zero, not finite, not symmetric, or has an eigenvalue that no δ <= max_damping outweighs.
+        NumericalError: G is not finite, not symmetric, or has an eigenvalue that no δ <= max_damping outweighs.
     """
     values, vectors, used = _damped_eigen(gram, damping, max_damping)
     return Whitener((vectors * values.sqrt()) @ vectors.T, (vectors * _inverse_sqrt(values)) @ vectors.T, used)
 
 
 def eigen_whitener(gram: Tensor, damping: float = 0.0, max_damping: float = 1e-2) -> Whitener:
-    """S = Q Λ^½ and S⁺ = Λ^(−½) Qᵀ from G + δ·mean(diag G)·I = Q Λ Qᵀ: the whitener of SVD-LLM V2.
+    """S = Q Λ^½ and S⁺ = Λ^(−½) Qᵀ from G + δ·mean(diag G)·I = Q Λ Qᵀ, G zero being I: the whitener of SVD-LLM V2.
 
     Same arguments, edge behaviour and errors as ``sqrt_and_inverse``; S is not symmetric.
     Source: SVD-LLM V2, Wang et al. 2025, arXiv:2503.12340.
@@ -80,16 +89,15 @@ def eigen_whitener(gram: Tensor, damping: float = 0.0, max_damping: float = 1e-2
 
 
 def cholesky(gram: Tensor, damping: float = 0.0, max_damping: float = 1e-2) -> tuple[Tensor, float]:
-    """(L, δ) with L lower triangular and L Lᵀ = G + δ·mean(diag G)·I.
+    """(L, δ) with L lower triangular and L Lᵀ = G + δ·mean(diag G)·I; of ``weighing(G)``.
 
     δ starts at ``damping`` and grows tenfold until the factorisation succeeds. Unlike ``sqrt_and_inverse`` it needs a
     strictly positive definite matrix: a rank-deficient Gram (fewer tokens than features) is always damped.
 
     Raises:
-        NumericalError: G is zero, not finite or not symmetric, or no δ <= max_damping works.
+        NumericalError: G is not finite or not symmetric, or no δ <= max_damping works.
     """
-    gram = _checked(gram)
-    _require_nonzero(gram)
+    gram = weighing(_checked(gram))
     # A pivot at rounding level "succeeds" and then blows up L⁻¹, so positive definite means: above that level.
     floor = len(gram) * torch.finfo(gram.dtype).eps * gram.diagonal().max()
     for used in _damping_steps(damping, max_damping):
@@ -101,8 +109,7 @@ def cholesky(gram: Tensor, damping: float = 0.0, max_damping: float = 1e-2) -> t
 
 def _damped_eigen(gram: Tensor, damping: float, max_damping: float) -> tuple[Tensor, Tensor, float]:
     """Eigenvalues (ascending, zero where they are rounding noise) and eigenvectors of the damped Gram, and δ."""
-    gram = _checked(gram)
-    _require_nonzero(gram)
+    gram = weighing(_checked(gram))
     values, vectors = torch.linalg.eigh(gram)
     mean = values.mean()
     tolerance = len(gram) * torch.finfo(values.dtype).eps * values.abs().max()
@@ -139,14 +146,6 @@ def _checked(gram: Tensor) -> Tensor:
             "accumulate XᵀX of one and the same X"
         )
     return (gram + gram.T) / 2
-
-
-def _require_nonzero(gram: Tensor) -> None:
-    if not bool(gram.any()):
-        raise NumericalError(
-            f"gram {tuple(gram.shape)} is zero: no token gave this matrix a non-zero vector; "
-            "calibrate on more tokens or exclude the matrix from compression"
-        )
 
 
 def _indefinite(gram: Tensor, smallest: float, max_damping: float) -> NumericalError:

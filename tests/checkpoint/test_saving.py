@@ -12,11 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from spectrim.checkpoint.conversion import convert
 from spectrim.checkpoint.layout import Matrix, read_bytes
-from spectrim.checkpoint.saving import assemble, pack, pack_rounded
+from spectrim.checkpoint.saving import assemble
 from spectrim.errors import CheckpointError, NumericalError
+from spectrim.formats.packing import pack, pack_rounded
 from spectrim.maths.budget import RESIDUAL, ROUNDED, Format
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import round_to_nearest
+from spectrim.maths.storage_formats import FORMATS as DECLARED
+from spectrim.maths.storage_formats import named
 from tests.checkpoints import (
     CASES,
     FORMATS,
@@ -109,9 +112,10 @@ def test_packing_loses_at_most_the_rounding_of_the_format(format: Format, shape:
     weight = torch.randn(shape) if format in ROUNDED else factors.left @ factors.right
     kept = stored_linear(packed_weight(weight, format, torch.float16).tensors, format, shape).dense_weight()
     error = torch.linalg.matrix_norm(kept - weight) / torch.linalg.matrix_norm(weight)
-    allowed = {"float16": 1e-3, "pifa": 4e-3, "pifa_int8": 3e-2, "dense_int4": 0.15, "int4_residual": 0.12}
-    assert error < allowed.get(format, 2e-2)
-    if format in ROUNDED or format.startswith("pifa"):  # the rows of pifa are the matrix's own: it has no directions
+    declared = DECLARED[format]
+    rounding = {8: 2e-2, 4: 0.12 if declared.has_factors else 0.15, None: 2e-2 if declared.in_int8 else 1e-3}
+    assert error < rounding[declared.n_bits] * (4 if declared.pivoted else 1)
+    if format in ROUNDED or declared.pivoted:  # the rows of pivoted factors are the matrix's own: it has no directions
         return
     # one scale for the whole left factor instead of one per row loses what the small rows hold
     spread = Factors(factors.left * torch.logspace(0, -4, shape[0])[:, None], factors.right)
@@ -141,7 +145,7 @@ def test_a_rounded_weight_of_another_format_is_refused(format: Format, group: in
         pack_rounded(round_to_nearest(torch.randn(6, 128), 4, group), format, residual)
 
 
-@pytest.mark.parametrize("format", ["pifa", "pifa_int8"])
+@pytest.mark.parametrize("format", named(lambda format: format.pivoted))
 def test_pivoted_matrices_say_how_well_their_rows_were_chosen(format: Format, folders: Folders, tmp_path: Path) -> None:
     """spectrim.json has ‖[I; C]‖₂ and the exchanged rows of every pivoted matrix, of no other."""
     table = json.loads((folders["llama", format] / "spectrim.json").read_text())["matrices"]
@@ -151,7 +155,7 @@ def test_pivoted_matrices_say_how_well_their_rows_were_chosen(format: Format, fo
             assert "condition" not in row
             continue
         coefficients = stored[f"{name}.left"].double()
-        if format == "pifa_int8":
+        if DECLARED[format].in_int8:
             coefficients *= stored[f"{name}.left_scale"][:, None]
         expected = (1 + float(torch.linalg.matrix_norm(coefficients, ord=2)) ** 2) ** 0.5
         assert row["condition"] == pytest.approx(expected, rel=1e-2) and row["condition"] > 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.steps.measure import load_model
+from pipeline.steps.model_folders import load_model
 from spectrim.compression.prefix import prefix_moments
 from spectrim.compression.statistics import forward_block, input_statistics
 from spectrim.errors import NumericalError

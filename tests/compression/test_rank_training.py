@@ -1,17 +1,21 @@
 """Training keeps the byte budget at every step, lowers the loss, and its gates are the truncation they stand for."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim.compression import rank_training
-from spectrim.compression.rank_training import GatedLinear, TruncatedActivation, attach, onto_budget, train
+from spectrim.compression.rank_training import Objective, RankTraining, onto_budget
+from spectrim.compression.truncated import GatedLinear, TruncatedActivation, attach_truncated
 from spectrim.errors import NumericalError
 from spectrim.maths.losses import next_token_loss
 from spectrim.maths.lowrank import Factors
 from spectrim.models.modules import compressible_linears
 from tests import reference, tiny
+from tests.training import train
 
 WINDOWS = torch.randint(2, 200, (6, 16), generator=torch.Generator().manual_seed(1))
 SETTINGS = {"steps": 8, "batch_size": 2, "learning_rate": 0.05, "width": 0.1, "beta": 10.0, "seed": 0}
@@ -76,7 +80,7 @@ def test_training_keeps_the_budget_and_lowers_the_loss(method: str, pivoted: boo
         modules = {name: TruncatedActivation(linear, 10, 1e-2) for name, linear in linears.items()}
     for name, module in modules.items():
         module.pivoted = sum(linears[name].weight.shape) if pivoted else None
-    attach(model, modules)
+    attach_truncated(model, modules)
     costs = {name: float(sum(linear.weight.shape) * min(linear.weight.shape)) for name, linear in linears.items()}
     losses: list[float] = []
     start = {name: 0.4 * module.full_rank for name, module in modules.items()}
@@ -110,7 +114,7 @@ def gated_llama(rank: int) -> tuple[torch.nn.Module, dict[str, GatedLinear]]:
     for module in modules.values():
         module.fraction.data.fill_(rank / module.full_rank)
         module.beta = 10.0
-    attach(model, modules)
+    attach_truncated(model, modules)
     return model, modules
 
 
@@ -165,7 +169,7 @@ def test_open_modules_are_not_trained() -> None:
     modules = svd_gates(model)
     first = next(iter(modules))
     modules[first].open = True
-    attach(model, modules)
+    attach_truncated(model, modules)
     learned = train(model, modules, dict.fromkeys(modules, 1.0), dict.fromkeys(modules, 16), WINDOWS, **SETTINGS)
     assert first not in learned and len(learned) == len(modules) - 1
 
@@ -180,7 +184,7 @@ def test_tied_gates_share_one_rank_and_keep_the_budget(pivoted: bool) -> None:
         modules[v].open = True  # dense from the start: its group goes on without it
         for name, module in modules.items():
             module.pivoted = sums[name] if pivoted else None
-        attach(model, modules)
+        attach_truncated(model, modules)
 
         def numbers(name: str, rank: float) -> float:
             return rank * (sums[name] - (rank if pivoted else 0))
@@ -203,7 +207,7 @@ def test_same_seed_same_fractions() -> None:
     def once() -> dict[str, float]:
         model = tiny.model("llama").eval().requires_grad_(False)
         modules = svd_gates(model)
-        attach(model, modules)
+        attach_truncated(model, modules)
         return train(model, modules, dict.fromkeys(modules, 1.0), dict.fromkeys(modules, 16), WINDOWS, **SETTINGS)
 
     assert once() == once()
@@ -213,7 +217,7 @@ def test_non_finite_loss_names_the_step() -> None:
     model = tiny.model("llama").eval().requires_grad_(False)
     modules = svd_gates(model)
     next(iter(modules.values())).get_buffer("left").fill_(torch.nan)
-    attach(model, modules)
+    attach_truncated(model, modules)
     with pytest.raises(NumericalError, match="step 0"):
         train(model, modules, dict.fromkeys(modules, 1.0), dict.fromkeys(modules, 16), WINDOWS, **SETTINGS)
 
@@ -223,7 +227,40 @@ def test_validation_loss_prefers_more_rank() -> None:
     with torch.no_grad():
         exact = float(next_token_loss(model(input_ids=WINDOWS).logits, WINDOWS))
     modules = svd_gates(model)
-    attach(model, modules)
+    attach_truncated(model, modules)
     full = rank_training.validation_loss(model, modules, {n: m.full_rank for n, m in modules.items()}, WINDOWS)
     assert full == pytest.approx(exact, rel=1e-4)
     assert all(module.rank is None for module in modules.values())
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "kl"])
+def test_a_restored_training_goes_on_with_the_same_bits(objective: Objective) -> None:
+    """Through JSON, as a snapshot is kept; without the moments of Adam it would not."""
+
+    def begun() -> RankTraining:
+        model, modules = gated_llama(16)
+        for module in modules.values():
+            module.rank = None
+        ones = dict.fromkeys(modules, 1.0)
+        return RankTraining(
+            model, modules, ones, dict.fromkeys(modules, 16), WINDOWS, **SETTINGS | {"objective": objective}
+        )
+
+    whole, first = begun(), begun()
+    states = []
+    while whole.step < whole.steps:
+        whole.advance()
+    for _ in range(2):
+        first.advance()
+    states.append(json.dumps(first.state()))
+    resumed, forgetful = begun(), begun()
+    resumed.restore(json.loads(states[0]))
+    while resumed.step < resumed.steps:
+        resumed.advance()
+    assert resumed.truncations() == whole.truncations()
+    forgotten = json.loads(states[0])
+    forgotten["adam"] = [{**moment, "exp_avg": 0.0} for moment in forgotten["adam"]]
+    forgetful.restore(forgotten)
+    while forgetful.step < forgetful.steps:
+        forgetful.advance()
+    assert forgetful.truncations() != whole.truncations()

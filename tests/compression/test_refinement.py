@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectrim.compression import refinement as refinement_module
-from spectrim.compression.refinement import Refinement, attach, checkpoint_blocks, leaving
+from spectrim.compression.refinement import FactorTraining, attach_factors, checkpoint_blocks, leaving
 from spectrim.errors import NumericalError
 from spectrim.formats.lowrank_linear import LowRankLinear
 from spectrim.maths.losses import divergence as mean_divergence
@@ -29,17 +29,17 @@ def svd_factors(model: torch.nn.Module, share: float = 0.3) -> dict[str, Factors
 
 def student(family: str = "llama") -> tuple[PreTrainedModel, dict[str, LowRankLinear]]:
     model = tiny.model(family)
-    return model, attach(model, svd_factors(model))
+    return model, attach_factors(model, svd_factors(model))
 
 
-def refinement(family: str = "llama", **changes: float) -> Refinement:
+def refinement(family: str = "llama", **changes: float) -> FactorTraining:
     model, modules = student(family)
     with torch.no_grad():
         expected, _ = leaving(tiny.model(family), WINDOWS)
-    return Refinement(model, modules, WINDOWS, expected, **{**SETTINGS, **changes})  # type: ignore[arg-type]
+    return FactorTraining(model, modules, WINDOWS, expected, **{**SETTINGS, **changes})  # type: ignore[arg-type]
 
 
-def divergence(run: Refinement) -> float:
+def divergence(run: FactorTraining) -> float:
     with torch.no_grad():
         teacher, logits = (
             model(input_ids=WINDOWS, use_cache=False).logits for model in (tiny.model("llama"), run.model)
@@ -76,7 +76,7 @@ def test_attached_factors_are_the_truncated_weights(family: str) -> None:
     with torch.no_grad():
         for name, pair in factors.items():
             expected.get_submodule(name).weight.copy_(pair.left @ pair.right)
-    modules = attach(model, factors)
+    modules = attach_factors(model, factors)
     torch.testing.assert_close(model(WINDOWS).logits, expected(WINDOWS).logits, rtol=1e-4, atol=1e-4)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {f"{name}.{side}" for name in modules for side in ("left", "weight")}
@@ -109,7 +109,7 @@ def test_a_vanishing_rate_learns_nothing() -> None:
     assert divergence(run) == pytest.approx(before, abs=1e-6)
 
 
-def assert_same(first: Refinement, second: Refinement) -> None:
+def assert_same(first: FactorTraining, second: FactorTraining) -> None:
     """Two runs have the same factors and moments, bit for bit."""
     for part, tensors in first.state().items():
         assert tensors.keys() == second.state()[part].keys()

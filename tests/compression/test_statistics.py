@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from spectrim.compression import statistics
+from spectrim.compression import statistics as captured
 from spectrim.errors import NumericalError
 from spectrim.models.blocks import BlockModel
 from tests import tiny
@@ -25,13 +25,13 @@ def stream(folder: Path, batch_size: int = 2) -> tuple[BlockModel, list[dict], l
     hidden = [model.embed(TOKENS)]
     statistics, owners = [], []
     for index in range(len(model.names)):
-        tensors, reads, output = statistics.input_statistics(model, index, hidden[index], batch_size)
+        tensors, reads, output = captured.input_statistics(model, index, hidden[index], batch_size)
         statistics.append(tensors)
         owners.append(reads)
         hidden.append(output)
-    gradient = statistics.loss_gradient(model, TOKENS, hidden[-1])
+    gradient = captured.loss_gradient(model, TOKENS, hidden[-1])
     for index in reversed(range(len(model.names))):
-        tensors, gradient = statistics.gradient_statistics(model, index, hidden[index], gradient, batch_size)
+        tensors, gradient = captured.gradient_statistics(model, index, hidden[index], gradient, batch_size)
         statistics[index] |= tensors
     return model, statistics, owners, hidden
 
@@ -61,11 +61,11 @@ def test_statistics_equal_a_whole_pass(family: str, model_folders: dict[str, Pat
     for index, linears in enumerate(model.linears):
         for name in linears:
             owner = owners[index][name]
-            assert_close(statistics.unpack_symmetric(statistics[index][f"gram.{owner}"]), inputs[name].T @ inputs[name])
+            assert_close(captured.unpack_symmetric(statistics[index][f"gram.{owner}"]), inputs[name].T @ inputs[name])
             assert_close(statistics[index][f"mean.{owner}"], inputs[name].mean(0))
             assert_close(statistics[index][f"abs_mean.{owner}"], inputs[name].abs().mean(0))
             assert statistics[index][f"abs_mean.{owner}"].dtype == torch.float64
-            gram = statistics.unpack_symmetric(statistics[index][f"gradient_gram.{name}"])
+            gram = captured.unpack_symmetric(statistics[index][f"gradient_gram.{name}"])
             assert_close(gram, gradients[name].T @ gradients[name])
 
 
@@ -90,14 +90,14 @@ def test_factors_rebuild_the_weight_and_spectrum_predicts_the_loss(model_folders
     model, statistics, owners, _ = stream(model_folders["llama"])
     n_tokens = TOKENS.numel()
     weights = model.weights(0)
-    tensors = statistics.decompose(weights, statistics[0], owners[0], n_tokens, n_tokens, 1e-6, 1e-2)
+    tensors = captured.decompose(weights, statistics[0], owners[0], n_tokens, n_tokens, 1e-6, 1e-2)
     for name, weight in weights.items():
         left, right = tensors[f"left.{name}"].double(), tensors[f"right.{name}"].double()
         assert float((left @ right - weight).norm() / weight.norm()) < 1e-4
         sigma, rank = tensors[f"two_sided.{name}"], weight.shape[0] // 2
         difference = weight.double() - left[:, :rank] @ right[:rank]
-        gram = statistics.unpack_symmetric(statistics[0][f"gram.{owners[0][name]}"]) / n_tokens
-        gradient_gram = statistics.unpack_symmetric(statistics[0][f"gradient_gram.{name}"]) / n_tokens
+        gram = captured.unpack_symmetric(statistics[0][f"gram.{owners[0][name]}"]) / n_tokens
+        gradient_gram = captured.unpack_symmetric(statistics[0][f"gradient_gram.{name}"]) / n_tokens
         lost = torch.trace(gradient_gram @ difference @ gram @ difference.T)
         assert float(lost) == pytest.approx(float(sigma[rank:].square().sum()), rel=2e-2)
 
@@ -105,7 +105,7 @@ def test_factors_rebuild_the_weight_and_spectrum_predicts_the_loss(model_folders
 def test_symmetric_packing_round_trips() -> None:
     half = torch.randn(7, 7, generator=torch.Generator().manual_seed(0)).double()
     matrix = (half + half.T).float().double()
-    assert torch.equal(statistics.unpack_symmetric(statistics.pack_symmetric(matrix)), matrix)
+    assert torch.equal(captured.unpack_symmetric(captured.pack_symmetric(matrix)), matrix)
 
 
 def test_non_finite_input_names_layer_and_window(model_folders: dict[str, Path]) -> None:
@@ -113,16 +113,16 @@ def test_non_finite_input_names_layer_and_window(model_folders: dict[str, Path])
     hidden = model.embed(TOKENS)
     hidden[3, 5] = torch.inf
     with pytest.raises(NumericalError, match=r"model\.layers\.0\..*window 3"):
-        statistics.input_statistics(model, 0, hidden, 2)
+        captured.input_statistics(model, 0, hidden, 2)
 
 
-@pytest.mark.parametrize("features", [3, statistics.SYRK_FEATURES, statistics.SYRK_FEATURES + 5])
+@pytest.mark.parametrize("features", [3, captured.SYRK_FEATURES, captured.SYRK_FEATURES + 5])
 def test_second_moment_is_the_product(features: int) -> None:
     x = torch.randn(40, features, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(statistics.second_moment(x).triu(), (x.T @ x).triu(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(captured.second_moment(x).triu(), (x.T @ x).triu(), rtol=1e-4, atol=1e-4)
 
 
 def test_what_overflows_its_gram_is_named() -> None:
     """Finite activations whose squares are not: no window is to blame, the numbers are."""
-    found = statistics._non_finite("model.layers.0.x", torch.full((2, 3), 1e30), slice(4, 6), "input")
+    found = captured._non_finite("model.layers.0.x", torch.full((2, 3), 1e30), slice(4, 6), "input")
     assert "model.layers.0.x: input of up to 1e+30 in calibration windows 4 to 5 overflows its Gram" in found

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectrim.checkpoint.saving import pack
 from spectrim.compression.storage_loss import storage_loss
+from spectrim.formats.packing import pack
 from spectrim.maths.budget import INT8_FACTORS, Format
 from spectrim.maths.lowrank import Factors, truncate, two_sided
 from tests.checkpoints import stored_linear

@@ -66,7 +66,8 @@ REFUSED: dict[str, list[Any]] = {
     ],
     "update_weights.ipca": ["batch"],
     "update_weights.windows": [0, 10**6],
-    "update_weights.shrinkage": [[], [-0.1], [0.0, 1.1], 0.1],
+    "update_weights.shrinkage": [[], [0.0], -0.1, 1.1],
+    "update_weights.variants": [[], {"a": {"shrinkage": 1.5}}, {"a": {"damping": 0.1}}, {"": {"alpha": 0.5}}],
     "update_weights.block_refinement": [
         {"steps": -1, "learning_rate": 1e-4},
         {"steps": 0, "learning_rate": 0.0},
@@ -88,9 +89,10 @@ REFUSED: dict[str, list[Any]] = {
     "evaluate.task_limit": [0, -5],
     "evaluate.prompt": ["", None],
     "evaluate.new_tokens": [0],
-    "evaluate.speed_prefill_tokens": [0],
-    "evaluate.speed_decode_tokens": [0],
-    "evaluate.speed_repeats": [0],
+    "speed.dtype": ["int8"],
+    "speed.prefill_tokens": [0],
+    "speed.decode_tokens": [0],
+    "speed.repeats": [0],
     "report.title": [1],
 }
 
@@ -157,7 +159,7 @@ def test_every_problem_of_the_file_is_reported_at_once(content: dict[str, Any], 
     content["calibrate"]["test_windows"] = "all"
     content["data"]["wikipedia"]["splits"] = {"calibration": 0.9, "test": 0.5}
     content["model"]["source"] = "ftp://host/model"
-    content["evaluate"]["speed_repeats"] = 0
+    content["speed"]["repeats"] = 0
     content["reprot"] = content.pop("report")
     assert {line.split(": ")[0] for line in problems(content)} == {
         "compression.ratio",
@@ -168,7 +170,7 @@ def test_every_problem_of_the_file_is_reported_at_once(content: dict[str, Any], 
         "calibrate.test_windows",
         "data.wikipedia.splits",
         "model.source",
-        "evaluate.speed_repeats",
+        "speed.repeats",
         "reprot",
         "report",
     }
@@ -243,11 +245,13 @@ def test_a_split_that_no_text_has_is_reported(split: str, content: dict[str, Any
 def test_only_what_uses_the_inputs_gram_can_be_anchored_or_shrunk(
     method: str, content: dict[str, Any], problems: Problems
 ) -> None:
-    content["update_weights"] |= {"method": method, "shrinkage": [0.0, 0.1]}
-    content["update_weights"]["anchor"]["alpha"] = [0.5]
+    content["update_weights"] |= {"method": method, "shrinkage": 0.1}
+    content["update_weights"]["anchor"]["alpha"] = 0.5
+    content["update_weights"]["variants"] = {"other": {"alpha": 0.25, "shrinkage": 0.0}}
     assert problems(content) == [
-        f"update_weights.{key} with method {method}, which has no use for the inputs' Gram; set it to [0.0]"
-        for key in ("anchor.alpha: [0.5]", "shrinkage: [0.0, 0.1]")
+        f"update_weights.{key} with method {method}, which has no use for the inputs' Gram; "
+        "set it to 0.0, or leave the variant out"
+        for key in ("anchor.alpha: 0.5", "shrinkage: 0.1", "variants.other.alpha: 0.25")
     ]
 
 

@@ -9,8 +9,8 @@ from spectrim.errors import BudgetError, NumericalError
 from spectrim.maths import allocation
 from spectrim.maths.allocation import fisher, project, uniform
 from spectrim.maths.budget import break_even_rank, budget_bytes, matrix_bytes, resolve_format, stored_bytes
+from spectrim.maths.energies import discarded
 from spectrim.maths.knapsack import GAP
-from spectrim.maths.lowrank import discarded
 from tests import reference
 
 LLAMA = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]

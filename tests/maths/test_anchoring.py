@@ -49,6 +49,11 @@ def test_gives_the_weight_back(same: str) -> None:
     torch.testing.assert_close(found, weight, rtol=1e-6, atol=1e-7)
 
 
+def test_what_nothing_enters_stays_as_it_was() -> None:
+    weight, x, behind = prefix(4, 5, 7, 40)
+    assert torch.equal(of(weight, x, 0 * behind), weight)
+
+
 def test_brings_the_original_outputs_nearer() -> None:
     weight, x, behind = prefix(5, 12, 16, 200)
     outputs = x @ weight.T

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim.errors import BudgetError
-from spectrim.maths.budget import ROUNDED, matrix_bytes
+from spectrim.maths.budget import RESIDUAL, ROUNDED, matrix_bytes
 from spectrim.maths.joint_allocation import Option, dense_option, factored_options, joint, rounded_options
 from spectrim.maths.knapsack import GAP
 
@@ -49,7 +49,7 @@ def test_options_cost_and_lose_what_their_format_says():
             assert option.loss == pytest.approx(tails[option.rank] + rounding)
     for format in ROUNDED:
         found = rounded_options(format, sigma, (16, 64), 2, largest=4)
-        ranks = [2, 4] if format.endswith("residual") else [16]
+        ranks = [2, 4] if format in RESIDUAL else [16]
         assert [option.rank for option in found] == ranks
         for option in found:
             assert option.bytes == matrix_bytes(format, 16, 64, option.rank)

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim.errors import NumericalError
+from spectrim.maths.energies import discarded, predicted_loss
 from spectrim.maths.lowrank import (
     Factors,
     closed_form,
-    discarded,
     output_error,
     plain_svd,
-    predicted_loss,
+    smaller_root,
     spectrum,
     svd_llm_cholesky,
     svd_llm_v2,
@@ -230,6 +230,26 @@ def test_degenerate_weights_stay_finite():
         ):
             assert all(bool(torch.isfinite(part).all()) for part in decomposition)
             close(product(decomposition, 4), weight.double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("out", "in_"), [(6, 4), (4, 6), (4, 4)])
+@pytest.mark.parametrize("silent", ["gram", "gradient_gram", "both"])
+def test_a_metric_of_zeros_loses_nothing_and_the_identity_takes_its_place(out, in_, silent):
+    weight, _, gram, gradient_gram = draw(2, out, in_)
+    given = {"gram": gram * (silent == "gradient_gram"), "gradient_gram": gradient_gram * (silent == "gram")}
+    found = two_sided(weight, *given.values(), 0.0, **smaller_root(weight, *given.values(), 0.0, 1e-2))
+    assert not found.sigma.any()
+    instead = [side if side.any() else torch.eye(len(side), dtype=torch.float64) for side in given.values()]
+    expected = two_sided(weight, *instead, 0.0)
+    assert expected.sigma.all()
+    close(product(found, 2), product(expected, 2), **TIGHT)
+    for method in (closed_form, svd_llm_cholesky, svd_llm_v2):
+        if silent != "gradient_gram":
+            one_sided = method(weight, given["gram"])
+            assert not one_sided.sigma.any()
+            close(product(one_sided, min(out, in_)), weight, **TIGHT)
+            if method is not closed_form:
+                close(product(one_sided, 2), product(plain_svd(weight), 2), **TIGHT)
 
 
 def test_predicted_loss_is_half_the_discarded_energy_per_token():

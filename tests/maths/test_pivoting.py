@@ -1,4 +1,4 @@
-"""Pivoting loses nothing, bounds its coefficients, and refuses what has too few independent rows."""
+"""Pivoting loses nothing and bounds its coefficients, also where rows depend on each other."""
 
 import pytest
 import torch
@@ -109,11 +109,29 @@ def test_dtype_is_that_of_the_factors(dtype: torch.dtype) -> None:
     assert found.rows.dtype == found.coefficients.dtype == dtype and found.order.dtype == torch.int32
 
 
-def test_dependent_columns_and_bad_numbers_are_refused() -> None:
+@pytest.mark.parametrize("columns", [[0, 0, 1], [0, 0, 0], [2, 0, 0]])
+def test_pivots_that_no_row_needs_fill_up_where_columns_depend(columns: list[int]) -> None:
     factors = draw(2, 8, 6, 3)
-    twice = Factors(factors.left[:, [0, 0, 1]], factors.right)
-    with pytest.raises(NumericalError, match=r"left \(8, 3\) has fewer than 3 independent columns .* lower"):
-        pivot(twice)
+    twice = Factors(factors.left[:, columns], factors.right)
+    found = pivot(twice)
+    everything = torch.cat([found.rows, found.coefficients @ found.rows])
+    torch.testing.assert_close(everything[found.order.long()], twice.left @ twice.right, rtol=1e-8, atol=1e-9)
+    used = found.coefficients.any(0)
+    assert int(used.sum()) == len(set(columns)) and float(found.coefficients.abs().max()) <= BOUND + 1e-9
+    whole = torch.cat([torch.eye(3, dtype=torch.float64), found.coefficients])
+    assert found.condition == pytest.approx(float(torch.linalg.matrix_norm(whole, ord=2)), rel=1e-6)
+
+
+@pytest.mark.parametrize("zeros", ["left", "right", "both"])
+def test_a_matrix_of_zeros_is_zeros(zeros: str) -> None:
+    factors = Factors(*(part * (zeros not in (side, "both")) for side, part in draw(4, 7, 5, 3)._asdict().items()))
+    found = pivot(factors)
+    assert not found.rows.any() and not (found.coefficients @ found.rows).any()
+    assert sorted(found.order.tolist()) == list(range(7)) and found.condition >= 1
+
+
+def test_bad_numbers_are_refused() -> None:
+    factors = draw(2, 8, 6, 3)
     with pytest.raises(NumericalError, match="1 of 18 entries"):
         pivot(factors._replace(right=torch.where(torch.arange(18).view(3, 6) == 4, torch.nan, factors.right)))
     with pytest.raises(NumericalError, match="at least as many rows as directions"):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from spectrim.errors import BudgetError, NumericalError
 from spectrim.maths.allocation import FLOOR, removed_shares, svd_llm_v2, uniform
 from spectrim.maths.budget import budget_bytes, stored_bytes
-from spectrim.maths.lowrank import discarded
+from spectrim.maths.energies import discarded
 from tests import reference
 from tests.maths.test_allocation import aligns, choices, draw_energies, formats, total
 

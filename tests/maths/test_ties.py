@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from spectrim.errors import BudgetError
 from spectrim.maths.allocation import choices, fisher, project, uniform
 from spectrim.maths.budget import break_even_rank, budget_bytes, resolve_format, stored_bytes
+from spectrim.maths.energies import discarded
 from spectrim.maths.knapsack import GAP
-from spectrim.maths.lowrank import discarded
 from tests import reference
 from tests.maths.test_allocation import aligns, draw_energies, formats, total
 

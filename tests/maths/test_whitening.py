@@ -91,7 +91,6 @@ def test_repair_is_bounded(function):
 @pytest.mark.parametrize(
     ("gram", "message"),
     [
-        (torch.zeros(3, 3), "is zero"),
         (torch.full((3, 3), float("nan")), "9 of 9 entries"),
         (torch.diag(torch.tensor([1.0, float("inf")])), "1 of 4 entries"),
         (torch.ones(2, 3), "square matrix"),
@@ -101,6 +100,13 @@ def test_repair_is_bounded(function):
 def test_what_is_no_gram_is_refused(function, gram, message):
     with pytest.raises(NumericalError, match=message):
         function(gram)
+
+
+@pytest.mark.parametrize("function", [sqrt_and_inverse, eigen_whitener, cholesky])
+def test_the_identity_stands_for_a_gram_of_zeros(function):
+    for found, expected in zip(function(torch.zeros(3, 3)), function(torch.eye(3)), strict=True):
+        close(found, expected)
+    assert torch.equal(function(torch.zeros(3, 3))[0], torch.eye(3, dtype=torch.float64))
 
 
 def test_negative_damping_is_refused():

@@ -37,13 +37,13 @@ def project(tmp_path: Path) -> Project:
     return build
 
 
-def rendered(root: Path) -> report.Report:
+def rendered(root: Path) -> report.RenderedReport:
     ranks = read_json(root / "artifacts/train_ranks/ranks.json")
     loaded = params.load(root / "params.yaml")
     metric = loaded.train_ranks.whitening
     return report.render(
         loaded,
-        read_json(root / "reports/metrics.json"),
+        read_json(root / "reports/metrics.json") | read_json(root / "reports/speed.json"),
         ranks,
         read_json(root / "artifacts/calibrate/calibrate.json"),
         report.read_curve(root / "artifacts/train_ranks/curve.csv"),
@@ -54,7 +54,7 @@ def rendered(root: Path) -> report.Report:
 
 
 @pytest.fixture(scope="module")
-def usual(tmp_path_factory: pytest.TempPathFactory) -> report.Report:
+def usual(tmp_path_factory: pytest.TempPathFactory) -> report.RenderedReport:
     """The report of the run that no test changes."""
     root = tmp_path_factory.mktemp("usual")
     report_project.write(root, n_blocks=BLOCKS)
@@ -93,7 +93,7 @@ class Page(HTMLParser):
             self.text += data
 
 
-def test_the_page_is_whole_and_needs_nothing_but_itself(usual: report.Report) -> None:
+def test_the_page_is_whole_and_needs_nothing_but_itself(usual: report.RenderedReport) -> None:
     html = usual.html
     page = Page(html)
     assert not page.tags & {"script", "link", "iframe", "img", "object"}
@@ -104,7 +104,7 @@ def test_the_page_is_whole_and_needs_nothing_but_itself(usual: report.Report) ->
     assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
 
 
-def test_both_documents_hold_the_numbers_and_the_samples(usual: report.Report) -> None:
+def test_both_documents_hold_the_numbers_and_the_samples(usual: report.RenderedReport) -> None:
     for text in (usual.markdown, Page(usual.html).text):
         for shown in (
             "35.13",
@@ -123,7 +123,7 @@ def test_both_documents_hold_the_numbers_and_the_samples(usual: report.Report) -
             assert shown in text, shown
 
 
-def test_each_figure_of_the_markdown_is_a_file(usual: report.Report) -> None:
+def test_each_figure_of_the_markdown_is_a_file(usual: report.RenderedReport) -> None:
     assert set(re.findall(r"\]\(figures/(\w+)\.svg\)", usual.markdown)) == set(usual.figures)
     assert set(usual.figures) == {"size", "ranks", "spectra", "training", "refinement"}
 
@@ -136,7 +136,7 @@ def test_generated_markup_stays_text(project: Project) -> None:
 
 
 def test_quantization_is_called_flattered_only_for_weights_from_a_quantized_file(
-    project: Project, usual: report.Report
+    project: Project, usual: report.RenderedReport
 ) -> None:
     assert "come from a Q4_1 file" in usual.html
     assert (
@@ -146,14 +146,14 @@ def test_quantization_is_called_flattered_only_for_weights_from_a_quantized_file
     assert "flattered" not in other.html and "flattered" not in other.markdown
 
 
-def test_a_kept_candidate_other_than_the_trained_one_is_said(project: Project, usual: report.Report) -> None:
+def test_a_kept_candidate_other_than_the_trained_one_is_said(project: Project, usual: report.RenderedReport) -> None:
     assert "kept those of" not in usual.html
     other = rendered(project(chosen="fisher"))
     for text in (other.html, other.markdown):
         assert "Training did not earn its keep: asked for ranks by “gates”, kept those of “fisher”" in text
 
 
-def test_the_refinement_says_what_was_kept(usual: report.Report) -> None:
+def test_the_refinement_says_what_was_kept(usual: report.RenderedReport) -> None:
     for text in (usual.markdown, Page(usual.html).text):
         assert "Validation loss 3.6581 → 3.5102 nats per token; the factors of step 16 were kept." in text
 
@@ -170,13 +170,13 @@ def test_without_training_there_is_no_curve_and_the_report_says_so(project: Proj
         assert "validation loss" not in text and "The factors were not refined." in text
 
 
-def test_the_input_metric_is_named_where_it_is_used(project: Project, usual: report.Report) -> None:
+def test_the_input_metric_is_named_where_it_is_used(project: Project, usual: report.RenderedReport) -> None:
     assert "share of predicted loss" in usual.markdown
     other = rendered(project(sections={"train_ranks": {"whitening": "input"}}))
     assert "share of output error²" in other.markdown and "input metric" in other.html
 
 
-def test_ranks_from_a_file_are_compared_with_it(project: Project, usual: report.Report) -> None:
+def test_ranks_from_a_file_are_compared_with_it(project: Project, usual: report.RenderedReport) -> None:
     assert "The ranks come from" not in usual.html
     root = project()
     ranks_file = root / "artifacts/train_ranks/ranks.json"
@@ -188,7 +188,7 @@ def test_ranks_from_a_file_are_compared_with_it(project: Project, usual: report.
         assert "best.json (Dobi-SVD, sha256 abababababababab…): stored as float16 they would take 90.0 MB" in text
 
 
-def test_tied_ranks_are_said(project: Project, usual: report.Report) -> None:
+def test_tied_ranks_are_said(project: Project, usual: report.RenderedReport) -> None:
     said = "one rank for linears that read the same input"
     assert said not in usual.markdown
     assert said in rendered(project(sections={"compression": {"tie": True}})).markdown
@@ -204,7 +204,7 @@ def test_the_discarded_energy_is_the_tail_beyond_the_rank(project: Project) -> N
     assert report.discarded(RankedMatrix(*shape, 8, "float16"), sigma) == pytest.approx(sum(x * x for x in sigma[8:]))
 
 
-def test_the_stage_writes_the_same_bytes_in_another_process(project: Project, usual: report.Report) -> None:
+def test_the_stage_writes_the_same_bytes_in_another_process(project: Project, usual: report.RenderedReport) -> None:
     root, expected = project(), usual
     done = subprocess.run(
         [sys.executable, "-m", "stages.report"],
@@ -221,6 +221,7 @@ def test_the_stage_writes_the_same_bytes_in_another_process(project: Project, us
     assert written == expected.figures
     assert {path.name for path in (root / "reports").iterdir()} == {
         "metrics.json",
+        "speed.json",
         "report.md",
         "report.html",
         "figures",
@@ -231,8 +232,8 @@ def test_a_page_rendered_before_is_taken_from_the_store(project: Project, monkey
     root, times = project(), []
     monkeypatch.chdir(root)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    render = stage.report.render
-    monkeypatch.setattr(stage.report, "render", lambda **kwargs: times.append(1) or render(**kwargs))
+    render = report.render
+    monkeypatch.setattr(report, "render", lambda **kwargs: times.append(1) or render(**kwargs))
 
     def run() -> None:
         params.load.cache_clear()

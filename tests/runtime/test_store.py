@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.runtime import layers, store
+from pipeline.runtime import store
 from pipeline.runtime.store import LayerStore
 from spectrim.errors import NumericalError, StorageError
 from tests.runtime.test_artifacts import largest_file, tree
@@ -199,18 +199,6 @@ def test_key_depends_on_every_part():
     }
     assert len(keys) == 6 and all(len(key) == 64 for key in keys)
     assert store.key("capture", "l0", 1, {"a": 2}) in keys
-
-
-def test_code_digest_follows_the_source(tmp_path, monkeypatch):
-    import importlib
-
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "some_kernel.py").write_text("x = 1\n")
-    module = importlib.import_module("some_kernel")
-    before = store.code_digest(module, layers)
-    assert before == store.code_digest(layers, module)
-    (tmp_path / "some_kernel.py").write_text("x = 2\n")
-    assert store.code_digest(module, layers) != before
 
 
 def test_the_lock_is_the_kernels(tmp_path):

@@ -1,4 +1,4 @@
-"""What the rank search knows of a model: which linears share an input."""
+"""What the rank search knows of a model: which linears share an input, and what a rank costs."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.steps.candidates import tied_linears
+from pipeline.steps.candidates import priced, tied_linears
 from spectrim.compression.statistics import input_statistics
+from spectrim.compression.truncated import Truncated
+from spectrim.maths.budget import FACTORED, Format, matrix_bytes
 from spectrim.models.blocks import BlockModel
 from spectrim.models.modules import linears_by_block
 from tests import tiny
@@ -50,6 +52,18 @@ def test_an_excluded_linear_is_in_no_group(model_folders: dict[str, Path], tmp_p
     groups = tied_linears(tmp_path, linears_by_block(tiny.model("llama"), ("*.q_proj",)))
     kinds = [[name.rsplit(".", 1)[1] for name in group] for group in groups[:1]]
     assert kinds == [["k_proj", "v_proj"]]
+
+
+@pytest.mark.parametrize("format", FACTORED)
+@pytest.mark.parametrize("rank", [300, 500])
+@pytest.mark.parametrize("shape", [(576, 576), (1536, 576), (576, 1536)])
+def test_a_rank_costs_in_training_what_it_costs_in_bytes(format: Format, rank: int, shape: tuple[int, int]) -> None:
+    """d bytes / d rank by finite differences; what any rank takes, scales and row indices, is spread over all ranks."""
+    module = Truncated(min(shape), torch.empty(0), None)
+    cost = priced(module, format, shape)
+    trained = cost * (module.share(rank + 1) - module.share(rank - 1)) / 2
+    stored = (matrix_bytes(format, *shape, rank + 1) - matrix_bytes(format, *shape, rank - 1)) / 2
+    assert trained == pytest.approx(stored, rel=0.02)
 
 
 def stage_ranks(project: Project, **changes: Any) -> dict[str, Any]:

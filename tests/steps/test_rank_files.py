@@ -141,8 +141,7 @@ def test_the_stage_puts_a_published_file_onto_the_budget(captured_llama: Project
     published = project.folder / "published.json"
     write(published, {name: 1500.0 - 40 * place for place, name in enumerate(names)} | NOTES)
     project.change(train_ranks__method="file", train_ranks__file="published.json", compression__format="remap")
-    told = project.stage("train_ranks").stderr
-    assert f"published.json: sha256 {sha256_file(published)}" in told
+    project.stage("train_ranks")
     ranks = json.loads(ranks_file.read_text(encoding="utf-8"))
     assert ranks["chosen"] == "file" and ranks["file"]["layout"] == "Dobi-SVD"
     assert ranks["file"]["sha256"] == sha256_file(published)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from pipeline.config.sections import Anchor, BlockRefinement, UpdateWeights
 from pipeline.data.texts import load_windows
 from pipeline.steps.factor_files import read_factors
 from pipeline.steps.updates import Update, Variant
+from spectrim.compression.methods import UPDATE_METHODS
 from spectrim.compression.prefix import prefix_moments
 from spectrim.compression.statistics import embedded, forward_block, gram_of, inputs_of
 from spectrim.compression.weight_update import closed_form_factors, relative_error, svd_factors, svd_llm_factors
@@ -21,7 +22,7 @@ from spectrim.errors import SpectrimError
 from spectrim.models.blocks import BlockModel
 from tests.tiny import Project
 
-METHODS = get_args(get_type_hints(UpdateWeights)["method"])
+METHODS = tuple(UPDATE_METHODS)
 DAMPED = {"two_sided", "svd_llm", "svd_llm_v2"}
 BLOCK = 1
 
@@ -41,14 +42,17 @@ def update_of(
     settings = UpdateWeights(
         method=method,
         windows=4,
-        shrinkage=[shrinkage],
-        anchor=Anchor(alpha=[alpha], damping=1e-2),
+        shrinkage=shrinkage,
+        anchor=Anchor(alpha=alpha, damping=1e-2),
         ipca="exact",
         block_refinement=BlockRefinement(steps=block_steps, learning_rate=1e-3),
         refinement=refinement,
+        variants={},
     )
     model, folder = BlockModel(artifacts / "prepare"), calibrate or artifacts / "calibrate"
-    return Update(model, artifacts / "capture", folder, settings, Variant(alpha, shrinkage), (damping, 1e-2), 0, stored)
+    return Update(
+        model, artifacts / "capture", folder, settings, Variant("it", alpha, shrinkage), (damping, 1e-2), 0, stored
+    )
 
 
 def thirds(model: BlockModel, index: int = BLOCK) -> dict[str, int]:

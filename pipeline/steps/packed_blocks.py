@@ -13,8 +13,8 @@ from torch import Tensor
 from pipeline.steps.chosen_format import stored_format
 from pipeline.steps.factor_files import read_factors, read_facts, read_rounded
 from spectrim.checkpoint.layout import Matrix
-from spectrim.checkpoint.saving import Packed, pack, pack_rounded
 from spectrim.errors import BudgetError
+from spectrim.formats.packing import Packed, pack, pack_rounded
 from spectrim.maths.budget import INT8_FACTORS, Format, matrix_bytes
 
 PACKED = "packed.safetensors"
@@ -57,7 +57,7 @@ def pack_block(
             packed[name] = pack(factors, format, half, grams(name) if format in INT8_FACTORS else None)
     for file in files[1:]:
         for name, (weight, residual) in read_rounded(file).items():
-            packed[name] = pack_rounded(weight, matrices[name].format, residual)
+            packed[name] = pack_rounded(weight, matrices[name].format, residual, half)
     tensors = {f"{name}.{suffix}": tensor for name in sorted(packed) for suffix, tensor in packed[name].tensors.items()}
     facts = {name: matrix.facts for name, matrix in sorted(packed.items())}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}

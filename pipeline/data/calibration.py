@@ -1,0 +1,49 @@
+"""Texts and a tokenizer -> the files of artifacts/calibrate."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config.sections import Calibrate, Text
+from pipeline.data import texts
+from pipeline.data.documents import read, split
+from pipeline.data.originals import check_context, original_tokenizer
+from pipeline.runtime.artifacts import write_json
+from pipeline.runtime.progress import progress
+
+
+def write_windows(
+    prepared: Path,
+    data: Mapping[str, Text],
+    settings: Calibrate,
+    seed: int,
+    commits: Mapping[str, str | None],
+    folder: Path,
+) -> None:
+    """Write the windows of every part, and calibrate.json with their numbers and hashes, into ``folder``.
+
+    Args:
+        prepared: folder of `prepare`, for the tokenizer and the model's context.
+        data: text name -> its source and the share of its documents that each part gets.
+        seed: of the draw of calibration and validation windows.
+        commits: text name -> the commit of a hub data set.
+    """
+    check_context(prepared, settings.seq_len)
+    tokenizer = original_tokenizer(prepared)
+    tokens: dict[str, dict[str, np.ndarray]] = {"calibration": {}, "validation": {}, "test": {}}
+    for name, text in progress(sorted(data.items()), desc="calibrate: texts", total=len(data)):
+        for part, chosen in split(read(name, text, commits.get(name)), text.splits, name).items():
+            tokens[part][name] = texts.tokenise(tokenizer, "\n\n".join(chosen))
+
+    summary: dict[str, dict] = {"test": {}}
+    for part, count in (("calibration", settings.calibration_windows), ("validation", settings.validation_windows)):
+        windows, names = texts.draw_windows(tokens[part], settings.seq_len, count, seed, part)
+        summary[part] = texts.save_windows(folder / f"{part}.parquet", windows, names)
+        summary[part]["n_tokens_split"] = sum(map(len, tokens[part].values()))
+    for name, ids in tokens["test"].items():
+        windows = texts.first_windows(name, ids, settings.seq_len, settings.test_windows)
+        summary["test"][name] = texts.save_windows(folder / "test" / f"{name}.parquet", windows, [name] * len(windows))
+        decoded = tokenizer.decode(windows.reshape(-1), clean_up_tokenization_spaces=False)
+        summary["test"][name] |= {"n_tokens_split": len(ids), "n_bytes": len(str(decoded).encode())}
+    write_json(folder / "calibrate.json", summary)

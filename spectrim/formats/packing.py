@@ -1,0 +1,131 @@
+"""Factors and rounded weights -> the tensors of a storage format, as maths/storage_formats.py declares them."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectrim.errors import CheckpointError
+from spectrim.formats.stored_linear import stored_tensors
+from spectrim.maths.budget import Format
+from spectrim.maths.factor_rounding import round_factors
+from spectrim.maths.lowrank import Factors
+from spectrim.maths.pivoting import pivot
+from spectrim.maths.quantization import Quantized, balance, pack_int4, principal
+from spectrim.maths.storage_formats import FORMATS, StorageFormat, group_size
+
+PIVOTING = ("condition", "exchanges")
+"""What ``maths.pivoting.Pivoted`` has to say of a choice of rows."""
+
+
+class Packed(NamedTuple):
+    """One matrix as it is stored.
+
+    ``tensors``: suffix -> tensor, as ``stored_tensors`` lays them out. ``facts``: what spectrim.json is to say of it,
+    PIVOTING of pivoted rows.
+    """
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, float] = {}
+
+
+def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16, gram: Tensor | None = None) -> Packed:
+    """left @ right in ``format``.
+
+    The norm of each direction is shared equally by both factors first, and directions that become integers are made
+    orthogonal; neither changes the product.
+
+    Args:
+        factors: left (out, rank), right (rank, in), floating point.
+        format: one of ``budget.FACTORED``.
+        dtype: 16-bit dtype of what is not int8.
+        gram: of the inputs, (in, in); with it the left factor makes up for what int8 has changed in the right one.
+
+    Raises:
+        CheckpointError: a value does not fit ``dtype``.
+        NumericalError: a value is not finite.
+    """
+    chosen, extra, facts = FORMATS[format], dict[str, Tensor](), dict[str, float]()
+    rows = _int8_rows(format, factors)
+    if chosen.pivoted:
+        pivoted = pivot(factors)
+        extra, facts = {"order": pivoted.order}, {name: getattr(pivoted, name) for name in PIVOTING}
+        factors = Factors(pivoted.coefficients, pivoted.rows)
+    else:
+        factors = _even(factors, chosen)
+    return Packed(_sides(factors, "weight", dtype, rows, gram) | extra, facts)
+
+
+def pack_rounded(
+    rounded: Quantized, format: Format, residual: Factors | None = None, dtype: torch.dtype = torch.float16
+) -> Packed:
+    """A rounded weight in ``format``, with factors of what rounding lost if it has them.
+
+    Args:
+        rounded: symmetric, of the format's bits, in groups of ``group_size``.
+        residual: left (out, rank), right (rank, in).
+        dtype: 16-bit dtype of factors that are not int8.
+
+    Raises:
+        CheckpointError: the groups are not the format's, or it has factors and there are none.
+    """
+    chosen = FORMATS[format]
+    assert chosen.n_bits is not None
+    size = group_size(chosen.n_bits, rounded.values.shape[1])
+    if rounded.group_size != size or (residual is None) == chosen.has_factors:
+        raise CheckpointError(
+            f"{format} of {rounded.values.shape[1]} inputs: groups of {rounded.group_size} and "
+            f"{'no ' if residual is None else ''}factors; required: groups of {size}, factors in *_residual alone"
+        )
+    values = rounded.values.unflatten(1, (-1, size))
+    packed = {"weight": pack_int4(values) if chosen.n_bits == 4 else values, "weight_scale": rounded.scale}
+    if residual is None:
+        return Packed(packed)
+    return Packed(packed | _sides(_even(residual, chosen), "right", dtype, _int8_rows(format, residual)))
+
+
+def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in a 16-bit dtype.
+
+    Raises:
+        CheckpointError: a value does not fit.
+    """
+    rounded = tensor.to(dtype)
+    if not rounded.isfinite().all():
+        raise CheckpointError(
+            f"a weight of {tensor.abs().max():.3g} does not fit {dtype}, whose largest number is "
+            f"{torch.finfo(dtype).max:.3g}; set prepare.stored_dtype to bfloat16"
+        )
+    return rounded
+
+
+def _even(factors: Factors, chosen: StorageFormat) -> Factors:
+    """The same product with the norms and, for integers, the directions that lose least."""
+    return principal(factors) if chosen.in_int8 else balance(factors)
+
+
+def _int8_rows(format: Format, factors: Factors) -> tuple[int, int] | None:
+    """How many rows of the left and of the right factor are int8; None where there are no such formats' tensors."""
+    if not FORMATS[format].in_int8:
+        return None
+    out, in_ = len(factors.left), factors.right.shape[1]
+    stored = stored_tensors(format, out, in_, len(factors.right))
+    right = "right" if "right" in stored else "weight"
+    return stored["left"].shape[0], stored[right].shape[0]
+
+
+def _sides(
+    factors: Factors, right: str, dtype: torch.dtype, int8_rows: tuple[int, int] | None, gram: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Both factors, their first ``int8_rows`` in int8 with scales; ``right`` names the right one."""
+    if int8_rows is None:
+        sides = {right: factors.right.mT, "left": factors.left}
+        return {name: narrow(side, dtype).contiguous() for name, side in sides.items()}
+    found = round_factors(factors, int8_rows, gram)
+    packed: dict[str, Tensor] = {}
+    for name, rounded in {"left": found.left, right: found.right}.items():
+        packed |= {name: rounded.values.contiguous(), f"{name}_scale": rounded.scale}
+        if len(rounded.tail):
+            packed[f"{name}_tail"] = narrow(rounded.tail, dtype).contiguous()
+    return packed

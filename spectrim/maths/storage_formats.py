@@ -1,0 +1,211 @@
+"""Every storage format, declared once in FORMATS: what it keeps of a matrix, in which tensors, in how many bytes.
+
+A weight W is (out, in), its rank r <= n = min(out, in). A format puts together
+
+    a rounded weight    W ≈ Q           integers of ``n_bits`` bits, a scale per row and group of g = group_size(in)
+    two factors         W ≈ L Rᵀ        L (out, r) and R (in, r), the first ``int8_rows`` rows of each in int8, with a
+                                        scale per row of L and per direction of R; the others in 16 bit
+    pivoted factors     W = [I; C] Rᵀ   r of W's own rows Rᵀ and the coefficients C (out - r, r) of the others, its rows
+                                        put in ``order``: r (out + in - r) numbers
+    both                W ≈ Q + L Rᵀ    factors of what rounding lost
+
+Nothing of that is the dense weight in 16 bit. A format that combines them in another way is one more entry of FORMATS:
+the values that params.yaml takes, the budget, the knapsack, packing, modules, checkpoints, the tables of the docs
+(`python -m spectrim.formats.table`) and the tests all read it here.
+
+The tensors, as they lie in memory and, with the linear's name before them, in a file:
+
+    tensor        dtype         shape              of                  what it is
+    weight        16-bit        (out, in)          dense               W
+    weight        int8, uint8   (out, in/g, -)     a rounded weight    Q = weight · weight_scale; in uint8 two inputs a
+    weight_scale  float16       (out, in/g)                            byte, two's complement, the even one low
+    weight        16-bit, int8  (in, r)            factors             R: transposed, where elsewhere `weight` is not
+    left          16-bit, int8  (out, r)                               L
+                                (out - r, r)       pivoted factors     C
+    X_scale       float32       (r,), (rows,)      factors in int8     R · weight_scale, L · left_scale by rows
+    X_tail        16-bit        (-, r)                                 the rows of X after those in int8
+    order         int32         (out,)             pivoted factors     W = [Rᵀ; C Rᵀ][order]
+    left, right   16-bit, int8  (out, r), (in, r)  a rounded weight    L and R, which has a name of its own beside Q
+    X_scale       float32       (out,), (r,)       and factors
+
+``weight`` has the shape of the dense weight in no other format, so that a load that knows nothing of formats ends with
+a size mismatch instead of random weights.
+
+16-bit is the one 16-bit dtype of a checkpoint, its ``stored_dtype``: float16 or bfloat16. The format named `float16` is
+no exception; the name stands in files.
+
+Numbers and words alone, no torch: whoever names or prices a format imports no kernel, and no kernel is in the keys of
+what it computes. formats/packing.py makes the tensors, formats/kinds.py names the modules that multiply with them.
+
+Sources: remap is Algorithm 3 of Dobi-SVD, Wang et al. 2025, arXiv:2502.02723; pifa is PIFA, Zhao et al. 2025,
+arXiv:2501.19090; factors of what rounding lost: LQER, Zhang et al. 2024, arXiv:2402.02446.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+Shape = tuple[int, int]
+
+WIDTHS = {None: 2, "int8": 1, "uint8": 1, "int32": 4, "float16": 2, "float32": 4}
+"""Bytes of a number; None is the 16-bit dtype of the checkpoint."""
+
+GROUP = 64
+"""Inputs that share a scale in int4, where it divides their number."""
+
+
+class TensorLayout(NamedTuple):
+    """Shape of one tensor, and the name of its dtype in torch; None for the 16-bit dtype of the checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: str | None
+
+
+Layouts = dict[str, TensorLayout]
+
+
+def no_rows(rows: int, shorter: int) -> int:
+    """A factor in 16 bit."""
+    return 0
+
+
+def all_rows(rows: int, shorter: int) -> int:
+    """A factor in int8."""
+    return rows
+
+
+def square_part(rows: int, shorter: int) -> int:
+    """As many rows as the shorter side of the weight has: of a longer factor the others stay in 16 bit."""
+    return shorter
+
+
+@dataclass(frozen=True)
+class StorageFormat:
+    """One way to keep a matrix.
+
+    ``keeps`` and ``error`` say in words what is kept and what that loses. ``n_bits``: of a rounded weight.
+    ``int8_rows``: (rows of a factor, shorter side of the weight) -> how many of those rows are int8, where there are
+    factors. ``pivoted``: the factors are rows of the weight and coefficients.
+    """
+
+    keeps: str
+    error: str
+    n_bits: int | None = None
+    int8_rows: Callable[[int, int], int] | None = None
+    pivoted: bool = False
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether the rank counts."""
+        return self.int8_rows is not None
+
+    @property
+    def factored(self) -> bool:
+        """Factors are all that is kept."""
+        return self.has_factors and self.n_bits is None
+
+    @property
+    def in_int8(self) -> bool:
+        """There are factors, in int8 in whole or in part."""
+        return self.int8_rows not in (None, no_rows)
+
+    @property
+    def needs_gram(self) -> bool:
+        """Packing takes the Gram of the inputs, against which integers of factors are rounded."""
+        return self.factored and self.in_int8
+
+    def tensors(self, out: int, in_: int, rank: int) -> Layouts:
+        """Suffix -> layout of every tensor that holds W (out, in); those without factors ignore the rank."""
+        if self.n_bits is not None:
+            found = _rounded(self.n_bits, out, in_)
+            return found | self._sides({"left": out, "right": in_}, out, in_, rank) if self.has_factors else found
+        if not self.has_factors:
+            return {"weight": TensorLayout((out, in_), None)}
+        rows = {"weight": in_, "left": out - rank if self.pivoted else out}
+        order: Layouts = {"order": TensorLayout((out,), "int32")} if self.pivoted else {}
+        return self._sides(rows, out, in_, rank) | order
+
+    def n_bytes(self, out: int, in_: int, rank: float) -> int:
+        """Bytes of all tensors. Those of a fractional rank, as training has it, lie between its neighbours'."""
+        return _n_bytes(self, out, in_, rank)
+
+    def shape_of(self, shapes: Mapping[str, tuple[int, ...]], rank: int) -> Shape:
+        """(out, in) of the weight whose tensors have ``shapes``, the inverse of ``tensors``; 0 where one is missing.
+
+        Shapes that are not those of the format give a pair that is not that of the weight: compare with ``tensors``.
+        """
+        weight = shapes.get("weight", ())
+        if not self.has_factors and self.n_bits is None and len(weight) == 2:
+            return weight[0], weight[1]
+        if self.n_bits is not None and len(weight) == 3:
+            return weight[0], weight[1] * weight[2] * 8 // self.n_bits
+        out, in_ = (
+            sum(shape[0] for key, shape in shapes.items() if shape and key in (side, f"{side}_tail"))
+            for side in ("left", "weight")
+        )
+        return out + rank * self.pivoted, in_
+
+    def _sides(self, rows: Mapping[str, int], out: int, in_: int, rank: int) -> Layouts:
+        """The tensors of factors with ``rows`` each; scales of ``left`` are per row, of the other one per direction."""
+        assert self.int8_rows is not None
+        found: Layouts = {}
+        for side, count in rows.items():
+            if not self.in_int8:
+                found[side] = TensorLayout((count, rank), None)
+                continue
+            head = self.int8_rows(count, min(out, in_))
+            found[side] = TensorLayout((head, rank), "int8")
+            found[f"{side}_scale"] = TensorLayout((head if side == "left" else rank,), "float32")
+            if count > head:
+                found[f"{side}_tail"] = TensorLayout((count - head, rank), None)
+        return found
+
+
+FORMATS: dict[str, StorageFormat] = {
+    "float16": StorageFormat("two factors", "16-bit rounding", int8_rows=no_rows),
+    "pifa": StorageFormat(
+        "r of its rows, the others' coefficients", "16-bit rounding", int8_rows=no_rows, pivoted=True
+    ),
+    "remap": StorageFormat("factors in 8 and 16 bit", "s/2 per number", int8_rows=square_part),
+    "int8": StorageFormat("factors in 8 bit", "s/2 per number", int8_rows=all_rows),
+    "pifa_int8": StorageFormat("as pifa, in 8 bit", "s/2 per number", int8_rows=all_rows, pivoted=True),
+    "dense": StorageFormat("the weight", "none"),
+    "dense_int8": StorageFormat("the weight, rounded", "minimised in the Gram's metric", n_bits=8),
+    "dense_int4": StorageFormat(
+        f"the weight, rounded in groups of {GROUP}", "minimised in the Gram's metric", n_bits=4
+    ),
+    "int8_residual": StorageFormat(
+        "dense_int8, int8 factors of the rest", "what the rank leaves of it", n_bits=8, int8_rows=all_rows
+    ),
+    "int4_residual": StorageFormat(
+        "dense_int4, int8 factors of the rest", "what the rank leaves of it", n_bits=4, int8_rows=all_rows
+    ),
+}
+"""Name, as it stands in params.yaml and in a checkpoint's files -> format."""
+
+
+def named(wanted: Callable[[StorageFormat], bool]) -> Iterable[str]:
+    """The names of the formats that are as ``wanted``, in the order of FORMATS."""
+    return (name for name, format in FORMATS.items() if wanted(format))
+
+
+@lru_cache(maxsize=2**16)  # a knapsack asks for every rank of a few shapes, matrix after matrix
+def _n_bytes(format: StorageFormat, out: int, in_: int, rank: float) -> int:
+    layouts = format.tensors(out, in_, rank)  # type: ignore[arg-type] # a shape may be fractional here
+    return int(sum(WIDTHS[dtype] * prod(shape) for shape, dtype in layouts.values()))
+
+
+def group_size(n_bits: int, in_: int) -> int:
+    """Inputs per scale of a rounded weight: GROUP in int4 if that divides ``in_``, otherwise the whole row."""
+    return GROUP if n_bits == 4 and in_ % GROUP == 0 else in_
+
+
+def _rounded(n_bits: int, out: int, in_: int) -> Layouts:
+    size = group_size(n_bits, in_)
+    weight = (out, in_ // size, size * n_bits // 8)
+    return {
+        "weight": TensorLayout(weight, "int8" if n_bits == 8 else "uint8"),
+        "weight_scale": TensorLayout((out, in_ // size), "float16"),
+    }
