@@ -15,7 +15,8 @@ SMALL = {
     "train_ranks": {"steps": 4, "seq_len": 64},
     "update_weights": {"windows": 4},
     "update_weights.refinement": {"steps": 2, "seq_len": 64, "validate_every": 1},
-    "evaluate": {"new_tokens": 8, "speed_prefill_tokens": 64, "speed_decode_tokens": 4, "speed_repeats": 1},
+    "evaluate": {"new_tokens": 8},
+    "speed": {"prefill_tokens": 64, "decode_tokens": 4, "repeats": 1},
 }
 
 

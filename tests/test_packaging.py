@@ -1,11 +1,17 @@
-"""What a fresh machine gets: the wheel ships the library alone, the lock pins every package, make explains itself."""
+"""What a fresh machine gets: the wheel ships the library alone, every import is declared, the lock pins every package,
+make explains itself, and dvc needs no activated environment.
+"""
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -16,6 +22,9 @@ from packaging.version import Version
 from tests.tiny import REPOSITORY, process_environment
 
 NOT_LOCKED = {"bitsandbytes"}  # extras that no default asks for and whose packages are large: 125 MB on disk
+OURS = {"spectrim", "pipeline", "stages", "benchmarks", "tests"}
+BROUGHT = {"triton", "vllm", "lm_eval"}  # the library meets them only inside torch for CUDA, vLLM and the harness
+NOT_IMPORTED = {"dvc", "fastapi", "gguf"}  # a command; held back for Prefect; transformers reads .gguf files by it
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +38,46 @@ def locked() -> dict[str, str]:
 
 def project() -> dict[str, object]:
     return tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def declared(*extras: str) -> set[str]:
+    """Packages of the library's dependencies and of these extras, by canonical name."""
+    metadata = project()
+    lines = [
+        *metadata["dependencies"],
+        *(line for extra in extras for line in metadata["optional-dependencies"][extra]),
+    ]
+    return {str(canonicalize_name(Requirement(line).name)) for line in lines}
+
+
+def imported(folder: Path) -> dict[str, set[str]]:
+    """Top-level name of every import below ``folder`` that is neither Python's own nor this project's -> its files."""
+    found: dict[str, set[str]] = {}
+    for file in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [str(node.module)]
+            for name in {name.partition(".")[0] for name in names} - OURS - sys.stdlib_module_names - {"__main__"}:
+                found.setdefault(name, set()).add(file.relative_to(folder.parent).as_posix())
+    return found
+
+
+@cache
+def installed() -> dict[str, list[str]]:
+    """Top-level import -> the installed packages that bring it; it takes seconds to find."""
+    return dict(packages_distributions())
+
+
+def packages(name: str) -> set[str]:
+    """The packages that bring a top-level import; where none is installed, the one of that name."""
+    return {str(canonicalize_name(package)) for package in installed().get(name, [name])}
+
+
+def undeclared(folder: Path, allowed: set[str], brought: Iterable[str] = ()) -> dict[str, set[str]]:
+    """The imports below ``folder`` whose package is not among ``allowed``, with the files that have them."""
+    found = imported(folder)
+    return {name: files for name, files in found.items() if name not in brought and not packages(name) & allowed}
 
 
 def requirements() -> list[Requirement]:
@@ -54,8 +103,40 @@ def test_the_wheel_ships_the_library_alone(tmp_path: Path) -> None:
     information = [name for name in names if ".dist-info/" in name]
     modules = {name for name in names if ".dist-info/" not in name}
     expected = {file.relative_to(source).as_posix() for file in (source / "spectrim").rglob("*.py")}
-    assert modules == expected
+    assert modules == expected | {"spectrim/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in information)
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [
+        ("spectrim", ("lora", "bitsandbytes")),
+        ("pipeline", ("pipeline", "dask")),
+        ("stages", ("pipeline",)),
+        ("benchmarks", ("pipeline", "test")),
+        ("tests", ("pipeline", "test")),
+    ],
+)
+def test_every_import_is_declared(folder: str, extras: tuple[str, ...]) -> None:
+    brought = {"spectrim": BROUGHT, "tests": {"vllm"}}.get(folder, ())
+    assert undeclared(REPOSITORY / folder, declared(*extras), brought) == {}
+
+
+def test_an_undeclared_import_is_found(tmp_path: Path) -> None:
+    names = undeclared(REPOSITORY / "spectrim", declared("lora", "bitsandbytes") - {"numpy"}, BROUGHT)
+    assert set(names) == {"numpy"} and any(file.endswith("knapsack.py") for file in names["numpy"])
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "late.py").write_text("def load():\n    from yaml.nodes import Node\n    return Node\n")
+    assert undeclared(tmp_path / "room", declared()) == {"yaml": {"room/late.py"}}
+    assert undeclared(tmp_path / "room", declared("pipeline")) == {}
+
+
+def test_nothing_is_declared_that_nothing_imports() -> None:
+    def used(folder: str) -> set[str]:
+        return {package for name in imported(REPOSITORY / folder) for package in packages(name)}
+
+    assert declared() - used("spectrim") == set()
+    assert declared("pipeline") - used("spectrim") - used("pipeline") == NOT_IMPORTED
 
 
 def test_the_lock_satisfies_every_requirement(locked: dict[str, str]) -> None:
@@ -77,9 +158,42 @@ def test_this_environment_is_the_locked_one(locked: dict[str, str]) -> None:
             assert version.split("+")[0] == locked[key], f"{line} is installed; run `make .venv`"
 
 
+def test_dvc_runs_stages_by_its_own_python_without_activation(tmp_path: Path) -> None:
+    """Negative control: the same dvc, started as a module, finds no `python` or another one."""
+    (tmp_path / "stage.py").write_text("import sys, torch\nprint(sys.executable, file=open('python', 'w'))\n")
+    (tmp_path / "dvc.yaml").write_text("stages: {a: {cmd: python stage.py, outs: [python]}}")
+    bare = {"HOME": str(tmp_path), "DVC_NO_ANALYTICS": "1", "PATH": "/usr/bin:/bin"}
+    binaries = Path(sys.executable).parent
+
+    def call(*command: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
+
+    assert call(str(binaries / "dvc"), "init", "--no-scm", "--quiet", environment=bare).returncode == 0
+    assert call(sys.executable, "-m", "dvc", "repro", environment=bare).returncode != 0
+    for environment in (bare, {name: bare[name] for name in ("HOME", "DVC_NO_ANALYTICS")}):
+        done = call(str(binaries / "dvc"), "repro", "--force", environment=environment)
+        assert done.returncode == 0, done.stderr
+        assert Path((tmp_path / "python").read_text().strip()).parent == binaries
+
+
+def test_make_takes_torch_from_the_index_that_is_named_or_from_none() -> None:
+    def torch_line(index: str | None) -> str:
+        environment = {"PATH": "/usr/bin:/bin"} | ({} if index is None else {"TORCH_INDEX": index})
+        command = ["make", "--dry-run", "--what-if", "requirements.lock", ".venv"]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True, text=True)
+        (line,) = (line for line in done.stdout.splitlines() if line.endswith("torch==2.13.0"))
+        return line
+
+    assert "--no-deps" in torch_line("https://example.org/rocm")
+    assert "--extra-index-url https://example.org/rocm torch==" in torch_line("https://example.org/rocm")
+    assert "--extra-index-url" not in torch_line("")
+    cpu = "--extra-index-url https://download.pytorch.org/whl/cpu" in torch_line(None)
+    assert cpu == (shutil.which("nvidia-smi", path="/usr/bin:/bin") is None)
+
+
 def test_make_alone_explains_every_target() -> None:
     done = subprocess.run(["make"], cwd=REPOSITORY, check=True, capture_output=True, text=True)
-    for target in (".venv", "repro", "flow", "preset", "test", "lint", "ci-report", "clean"):
+    for target in (".venv", "repro", "flow", "preset", "test", "deps", "lint", "docs", "ci-report", "lock", "clean"):
         assert f"make {target} " in done.stdout
 
 

@@ -3,8 +3,9 @@
     python -m pipeline.report.ci_report --base REV --out ci-report.md
 
 DVC compares, this file prints: cells are escaped (a generation sample may hold anything), and a base without metrics,
-or no base at all because this is the first commit, is said in words. Figures are embedded as data URIs; platforms that
-strip those get links with --figures-url (or FIGURES_URL), the address under which reports/figures can be seen.
+or no base at all because this is the first commit, is said in words. Figures are embedded as data URIs. GitHub shows
+none in summaries and comments: with --files-url (or FILES_URL), the address where the files of this run can be had,
+each figure is named with that link, and perplexity over bytes is a Mermaid chart, which GitHub draws.
 """
 
 import base64
@@ -14,12 +15,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pipeline.report.tables import Table, change, markdown
+from pipeline.report.tables import Metrics, Table, change, markdown, points
 from pipeline.runtime.artifacts import write_text
 from pipeline.runtime.console import run
 from spectrim.errors import ConfigError, OrchestrationError, StorageError
@@ -33,16 +35,16 @@ LONGEST_TEXT = 60
 def main(
     base: Annotated[str, typer.Option(help="The git revision to compare with.")],
     out: Annotated[Path, typer.Option(help="The markdown file to write.")],
-    figures_url: Annotated[
-        str | None, typer.Option(envvar="FIGURES_URL", help="Link to figures under this address instead of embedding.")
+    files_url: Annotated[
+        str | None, typer.Option(envvar="FILES_URL", help="Link to this address instead of embedding figures.")
     ] = None,
 ) -> None:
     """Write one markdown file: metrics and parameters against BASE, then reports/report.md with its figures."""
-    write_text(out, compose(base, figures_url))
+    write_text(out, compose(base, files_url))
     print(out)
 
 
-def compose(base: str, figures_url: str | None = None) -> str:
+def compose(base: str, files_url: str | None = None) -> str:
     """The file's text, for the project in the working directory.
 
     Raises:
@@ -53,7 +55,7 @@ def compose(base: str, figures_url: str | None = None) -> str:
     for file in (REPORT, METRICS):
         if not file.is_file():
             raise StorageError(f"{file}: not found; run: dvc repro report")
-    report = _with_figures(REPORT.read_text(encoding="utf-8"), figures_url)
+    report = _with_figures(REPORT.read_text(encoding="utf-8"), files_url)
     parts = [f"# {_described('HEAD')} against {_short(base)}", *_comparison(_short(base), _resolved(base))]
     return "\n\n".join([*parts, "---", report.strip()]) + "\n"
 
@@ -77,6 +79,29 @@ def params_table(changes: Mapping[str, Mapping[str, Any]], base: str) -> Table:
         for name, pair in sorted(values.items())
     ]
     return Table(("parameter", base, "this commit"), tuple(rows), n_text=3)
+
+
+def charts(metrics: Metrics) -> str:
+    """Perplexity of the dense, the quantized and the compressed model, one Mermaid bar chart per text.
+
+    Beside each bar stands the share of bytes kept. The axis begins at 0: by itself Mermaid begins at the least value.
+    """
+    found = points(metrics)
+    names = ", ".join(_quoted(f"{name}: {ratio:.3f}") for name, ratio, _ in found)
+    return "\n\n".join(_chart(text, names, [values[text] for *_, values in found]) for text in metrics["perplexity"])
+
+
+def _chart(text: str, names: str, perplexities: list[float]) -> str:
+    lines = (
+        "```mermaid",
+        "xychart-beta horizontal",
+        f"    title {_quoted(f'Perplexity on {text}, beside the bytes kept')}",
+        f"    x-axis [{names}]",
+        f'    y-axis "perplexity" 0 --> {_decimal(max(perplexities))}',
+        f"    bar [{', '.join(map(_decimal, perplexities))}]",
+        "```",
+    )
+    return "\n".join(lines)
 
 
 def _comparison(base: str, commit: str | None) -> list[str]:
@@ -116,16 +141,29 @@ def _short(base: str) -> str:
     return base[:12] if re.fullmatch(r"[0-9a-f]{40,64}", base) else base
 
 
-def _with_figures(report: str, figures_url: str | None) -> str:
+def _with_figures(report: str, files_url: str | None) -> str:
     def shown(match: re.Match[str]) -> str:
         file = REPORT.parent / match["path"]
         if not file.is_file():
             raise StorageError(f"{file}: not found, but {REPORT} shows it; run: dvc repro -f report")
-        if figures_url:
-            return f"![{match['label']}]({figures_url.rstrip('/')}/{file.name})"
+        if files_url:
+            link = f"{match['label']}: `{match['path']}` in [the files of this run]({files_url})"
+            return (
+                f"{charts(json.loads(METRICS.read_text(encoding='utf-8')))}\n\n{link}" if file.stem == "size" else link
+            )
         return f"![{match['label']}](data:image/svg+xml;base64,{base64.b64encode(file.read_bytes()).decode()})"
 
     return FIGURE.sub(shown, report)
+
+
+def _quoted(text: str) -> str:
+    """A string of Mermaid's: it knows no escapes, and a backtick would begin markdown."""
+    return '"' + re.sub(r'["`\s]+', " ", text).strip() + '"'
+
+
+def _decimal(value: float) -> str:
+    """Four significant digits, as Mermaid reads them, without an exponent: 22.55, 51000000."""
+    return f"{Decimal(f'{value:.4g}'):f}"
 
 
 def _described(commit: str) -> str:

@@ -123,10 +123,39 @@ def test_figures_are_embedded_byte_for_byte(repository: Path) -> None:
     assert "(figures/" not in text
 
 
-def test_figures_are_linked_where_embedding_does_not_show(repository: Path) -> None:
-    text = ci_report.compose("HEAD^", "https://example.org/raw/abc/reports/figures/")
-    assert "![Sizes](https://example.org/raw/abc/reports/figures/size.svg)" in text
-    assert "data:" not in text
+def test_figures_are_charts_and_links_where_embedding_does_not_show(repository: Path) -> None:
+    text = ci_report.compose("HEAD^", "https://example.org/run/1")
+    assert "data:" not in text and "![" not in text
+    for label, name in (("Sizes", "size"), ("Ranks", "ranks")):
+        assert f"{label}: `figures/{name}.svg` in [the files of this run](https://example.org/run/1)" in text
+    fences = [token.content for token in MarkdownIt().parse(text) if token.type == "fence" and token.info == "mermaid"]
+    metrics = json.loads((repository / "reports/metrics.json").read_text())
+    assert len(fences) == len(metrics["perplexity"])
+    assert text.index("```mermaid") < text.index("figures/size.svg") < text.index("figures/ranks.svg")
+
+
+def test_a_chart_holds_this_runs_perplexities_beside_the_bytes() -> None:
+    metrics = report_project.metrics(2)
+    metrics["perplexity"]["wikipedia"]["compressed"] = 5.1e7
+    for values in metrics["baselines"].values():
+        values["perplexity"]["wikipedia"] = 22.5849
+    chart = next(chart for chart in ci_report.charts(metrics).split("\n\n") if "wikipedia" in chart)
+    names = re.findall(r'"([^"]+): ([\d.]+)"', chart)
+    bars = re.search(r"bar \[(.*)\]", chart)
+    assert bars is not None
+    found = dict(zip((name for name, _ in names), bars[1].split(", "), strict=True))
+    assert found["Spectrim"] == "51000000" and found["RTN int8"] == "22.58"
+    assert dict(names)["dense, 16 bit"] == "1.000"
+    assert 'y-axis "perplexity" 0 --> 51000000' in chart
+    assert all(re.fullmatch(r"\d+(\.\d+)?", value) for value in found.values())
+
+
+def test_a_texts_name_cannot_end_a_charts_string() -> None:
+    metrics = report_project.metrics(2)
+    for values in (metrics["perplexity"], *(entry["perplexity"] for entry in metrics["baselines"].values())):
+        values['my "own"\ntext`'] = values.pop("wikipedia")
+    title = next(line for line in ci_report.charts(metrics).splitlines() if "own" in line)
+    assert title.strip() == 'title "Perplexity on my own text , beside the bytes kept"'
 
 
 def test_a_base_without_metrics_is_said_in_words(repository: Path, commits: tuple[Path, list[str]]) -> None:
@@ -169,13 +198,13 @@ def test_a_missing_figure_or_report_is_refused(tmp_path: Path, monkeypatch: pyte
 
 def test_the_command_writes_one_file_or_one_line(repository: Path, tmp_path: Path) -> None:
     def call(base: str, out: Path) -> subprocess.CompletedProcess[str]:
-        environment = process_environment(PYTHONPATH=str(REPOSITORY), FIGURES_URL="https://example.org/figures")
+        environment = process_environment(PYTHONPATH=str(REPOSITORY), FILES_URL="https://example.org/run/1")
         arguments = [sys.executable, "-m", "pipeline.report.ci_report", "--base", base, "--out", str(out)]
         return subprocess.run(arguments, cwd=repository, env=environment, capture_output=True, text=True, check=False)
 
     good, bad = tmp_path / "good.md", tmp_path / "bad.md"
     assert call("HEAD^", good).returncode == 0
-    assert "https://example.org/figures/size.svg" in good.read_text(encoding="utf-8")
+    assert "[the files of this run](https://example.org/run/1)" in good.read_text(encoding="utf-8")
     refused = call("nowhere", bad)
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: ") and "nowhere is no revision" in refused.stderr
@@ -183,19 +212,60 @@ def test_the_command_writes_one_file_or_one_line(repository: Path, tmp_path: Pat
     assert not bad.exists()
 
 
-@pytest.mark.parametrize("name", ["report", "tests"])
+def workflow(name: str) -> dict[Any, Any]:
+    """.github/NAME.yml; YAML reads its key `on` as True."""
+    found: dict[Any, Any] = yaml.safe_load((REPOSITORY / ".github" / f"{name}.yml").read_text(encoding="utf-8"))
+    return found
+
+
+def commands(steps: list[dict[str, Any]]) -> list[str]:
+    return [line.partition(" #")[0].strip() for step in steps for line in step.get("run", "").splitlines()]
+
+
+@pytest.mark.parametrize("name", ["workflows/report", "workflows/tests", "actions/setup/action"])
 def test_workflows_only_call_what_the_project_has(name: str) -> None:
-    text = (REPOSITORY / ".github" / "workflows" / f"{name}.yml").read_text(encoding="utf-8")
-    workflow = yaml.safe_load(text)
+    text = (REPOSITORY / ".github" / f"{name}.yml").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z.-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     called = set(re.findall(r"\bmake ([a-z.-]+)", text))
     assert called and called <= targets
-    assert workflow["permissions"] == {"contents": "read"}
+    files = [f"{found.replace('.', '/')}.py" for found in re.findall(r"-m (pipeline[\w.]+)", text)]
+    files += re.findall(r"(\.ci/\w+)(?=\n)", text)
+    files += [f"{found}/action.yml" for found in re.findall(r"uses: \./(\S+)", text)]
+    assert all((REPOSITORY / file).is_file() for file in files), files
+
+
+@pytest.mark.parametrize("name", ["report", "tests"])
+def test_a_pull_request_runs_each_workflow_once(name: str) -> None:
+    found = workflow(f"workflows/{name}")
+    assert found[True] == {"push": {"branches": ["main"]}, "pull_request": None}
+    assert found["permissions"] == {"contents": "read"}
+    assert found["concurrency"]["cancel-in-progress"] is True
+
+
+def test_the_workflow_runs_what_a_commit_must_pass() -> None:
+    script = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
+    local = re.findall(r"^(?:make \w+|\.ci/\w+)$", script, re.MULTILINE)
+    remote = [command for job in workflow("workflows/tests")["jobs"].values() for command in commands(job["steps"])]
+    assert sorted(remote) == sorted(local) == [".ci/graph", "make docs", "make lint", "make test"]
+
+
+def test_packages_and_results_are_kept_between_runs() -> None:
+    packages = next(
+        step for step in workflow("actions/setup/action")["runs"]["steps"] if "cache" in step.get("uses", "")
+    )
+    assert packages["with"]["path"] == ".venv"
+    assert "python-version" in packages["with"]["key"] and "requirements.lock" in packages["with"]["key"]
+    steps = workflow("workflows/report")["jobs"]["report"]["steps"]
+    restored, saved = (step for step in steps if "actions/cache/" in step.get("uses", ""))
+    assert restored["with"]["path"] == saved["with"]["path"] == ".dvc/cache\n.spectrim\n"
+    assert saved["with"]["key"].startswith(restored["with"]["key"])
+    ran = next(index for index, step in enumerate(steps) if "dvc repro" in step.get("run", ""))
+    assert steps.index(restored) < ran < steps.index(saved) and saved["if"].startswith("always()")
 
 
 def test_only_the_job_that_runs_no_code_of_the_commit_may_write() -> None:
-    workflow = yaml.safe_load((REPOSITORY / ".github/workflows/report.yml").read_text(encoding="utf-8"))
-    writers = {name: job for name, job in workflow["jobs"].items() if "write" in job.get("permissions", {}).values()}
+    jobs = workflow("workflows/report")["jobs"]
+    writers = {name: job for name, job in jobs.items() if "write" in job.get("permissions", {}).values()}
     assert list(writers) == ["comment"]
     steps = writers["comment"]["steps"]
     assert not any("checkout" in step.get("uses", "") for step in steps)
