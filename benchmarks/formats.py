@@ -26,8 +26,9 @@ from pipeline.data.text_file import file_windows, named_file
 from pipeline.runtime.artifacts import artifact, read_json
 from pipeline.runtime.devices import resolve
 from pipeline.runtime.progress import progress
-from pipeline.steps import packing
-from pipeline.steps.measure import evaluation_windows, load_model, load_tokenizer, text_perplexities
+from pipeline.steps import packed_blocks as packing
+from pipeline.steps.measure import evaluation_windows, text_perplexities
+from pipeline.steps.model_folders import load_model, load_tokenizer
 from spectrim.checkpoint.layout import Matrix
 from spectrim.checkpoint.saving import assemble, half_dtype
 from spectrim.compression.statistics import gram_of

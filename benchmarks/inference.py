@@ -25,15 +25,15 @@ from pipeline.config.params import load
 from pipeline.runtime.artifacts import artifact
 from pipeline.runtime.devices import resolve
 from pipeline.runtime.progress import progress
-from pipeline.steps.measure import load_model
+from pipeline.steps.model_folders import load_model
 from spectrim.errors import SpectrimError
 from spectrim.evaluation.speed import throughput, weight_bytes
+from spectrim.formats.kinds import kind_of
 from spectrim.formats.lowrank_linear import LowRankLinear
-from spectrim.formats.quantized_linear import QuantizedLinear
 from spectrim.formats.shared_input import share
 from spectrim.formats.stored_linear import StoredLinear, stored_tensors
 from spectrim.maths.allocation import uniform
-from spectrim.maths.budget import FACTORED, ROUNDED, Format, resolve_format
+from spectrim.maths.budget import Format, resolve_format
 from spectrim.models.modules import compressible_linears, replace, same_input
 
 REFERENCE = "dense float32"
@@ -102,9 +102,7 @@ def filled(linear: nn.Linear, format: Format, rank: int) -> StoredLinear:
             tensors[suffix] = torch.randint(0, 100, shape, dtype=dtype)
         else:
             tensors[suffix] = (torch.randn(shape) / 30).to(dtype or linear.weight.dtype)
-    kind = QuantizedLinear if format in ROUNDED else LowRankLinear
-    assert format in (*FACTORED, *ROUNDED)
-    module = kind.from_tensors(tensors, format, out, in_, linear.bias).to(linear.weight.device)
+    module = kind_of(format).from_tensors(tensors, format, out, in_, linear.bias).to(linear.weight.device)
     module.lay_out(linear.weight.dtype)
     return module
 

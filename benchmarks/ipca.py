@@ -36,6 +36,7 @@ from torch import Tensor
 from spectrim.maths.subspace import IncrementalPCA, MeanProjector, top_right_singular_vectors
 
 IN_FEATURES = 576
+FORKED = multiprocessing.get_context("forkserver")
 
 
 def stream(settings: argparse.Namespace) -> Iterator[Tensor]:
@@ -115,8 +116,8 @@ def measure(name: str, settings: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_alone(name: str, settings: argparse.Namespace) -> dict[str, Any]:
-    """``measure`` in a fresh process, so that nobody inherits another's peak."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """``measure`` in a process of its own, so that nobody inherits another's peak."""
+    with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
         return pool.submit(measure, name, settings).result()
 
 
@@ -169,4 +170,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    FORKED.set_forkserver_preload(["torch", "sklearn.decomposition"])  # loaded once, not by every process
     main()

@@ -30,7 +30,8 @@ from pipeline.config.params import load
 from pipeline.data.text_file import file_windows, named_file
 from pipeline.runtime.artifacts import artifact
 from pipeline.runtime.devices import resolve
-from pipeline.steps.measure import evaluation_windows, load_model, load_tokenizer, text_perplexities
+from pipeline.steps.measure import evaluation_windows, text_perplexities
+from pipeline.steps.model_folders import load_model, load_tokenizer
 from spectrim.checkpoint.layout import read_bytes
 from spectrim.errors import ConfigError, OrchestrationError, SpectrimError
 from spectrim.evaluation.perplexity import quantize_model_
@@ -39,6 +40,7 @@ from spectrim.models.modules import compressible_linears
 Row = dict[str, Any]
 CODE = ("spectrim", "pipeline", "stages")
 UPSTREAM = ("prepare", "calibrate", "capture")
+LINKED = ("sources", *UPSTREAM)  # what the stages of a row read
 STAGES = ("train_ranks", "update_weights", "remap")
 SEQ_LEN, FILE_WINDOWS = 1024, 16
 QUANTIZED = {"RTN int8": (8, None), "RTN int4, groups of 64": (4, 64)}  # (bits, inputs that share a scale)
@@ -83,7 +85,7 @@ class Measure:
             folder = Path(scratch)
             (folder / "artifacts").mkdir()
             (folder / "params.yaml").write_text(text, encoding="utf-8")
-            for path in (*map(Path, CODE), *map(artifact, UPSTREAM)):
+            for path in (*map(Path, CODE), *map(artifact, LINKED)):
                 (folder / path).symlink_to(path.absolute(), target_is_directory=True)
             seconds, peaks = {}, []
             for stage in STAGES:

@@ -2,7 +2,8 @@
 
 Protocol: calibration 64 × 1,024 tokens, gradient Grams from 64 × 512 of them (the defaults of params.yaml, captured by
 `dvc repro capture`); test 16 contiguous windows of 1,024 tokens of FILE taken as one text; all linears inside the
-blocks; factors in full precision; uniform means rank = int(ratio·mn/(m+n)), unaligned.
+blocks; factors in full precision; uniform means rank = int(ratio·mn/(m+n)), unaligned. Other numbers of windows and
+tokens are another protocol, and are refused unless they are given here as they were captured.
 
     svd                   plain truncated SVD of the weight, uniform
     svd-llm               closed form on the input Gram, uniform
@@ -25,9 +26,9 @@ from pipeline.config.params import load
 from pipeline.data.text_file import file_windows
 from pipeline.runtime.artifacts import artifact, read_json
 from pipeline.runtime.devices import resolve
-from pipeline.steps.measure import load_model, load_tokenizer
-from spectrim.compression.rank_training import GatedLinear, attach
+from pipeline.steps.model_folders import load_model, load_tokenizer
 from spectrim.compression.statistics import gram_of
+from spectrim.compression.truncated import GatedLinear, attach_truncated
 from spectrim.errors import ConfigError
 from spectrim.evaluation.perplexity import perplexity
 from spectrim.maths import allocation, budget
@@ -35,7 +36,8 @@ from spectrim.maths.lowrank import Factors, closed_form, plain_svd
 from spectrim.models.modules import linears_by_block
 
 CAPTURED = artifact("capture")
-PROTOCOL = {"windows": 64, "seq_len": 1024, "test_windows": 16}
+Protocol = dict[str, int]
+PROTOCOL: Protocol = {"windows": 64, "seq_len": 1024, "test_windows": 16}
 
 
 def svd(index: int, name: str, weight: Tensor) -> Factors:
@@ -67,11 +69,11 @@ METHODS: dict[str, tuple[Callable[[int, str, Tensor], Factors], str]] = {
 class Table:
     """The dense model, its linears, and the test windows; ``rows`` measures one method at every ratio."""
 
-    def __init__(self, text: Path, device: torch.device) -> None:
-        check_protocol()
+    def __init__(self, text: Path, device: torch.device, protocol: Protocol) -> None:
+        check_protocol(protocol)
         self.model = load_model(artifact("prepare"), device).requires_grad_(False)
         tokenizer = load_tokenizer(artifact("prepare"))
-        self.windows = file_windows(text, tokenizer, PROTOCOL["seq_len"], PROTOCOL["test_windows"])
+        self.windows = file_windows(text, tokenizer, protocol["seq_len"], protocol["test_windows"])
         self.blocks = linears_by_block(self.model)
         self.linears = {name: linear for block in self.blocks.values() for name, linear in block.items()}
         self.shapes = [(linear.out_features, linear.in_features) for linear in self.linears.values()]
@@ -92,7 +94,7 @@ class Table:
             started = time.perf_counter()
             for (name, module), rank in zip(gated.items(), self._ranks(ranking, ratio), strict=True):
                 module.rank = rank
-                attach(self.model, {name: module})
+                attach_truncated(self.model, {name: module})
             measured = perplexity(self.model, self.windows)["perplexity"]
             row = {"method": method, "ratio": ratio, "perplexity": measured, "dense_perplexity": self.dense}
             print(json.dumps(row | {"seconds": round(shared + time.perf_counter() - started, 1)}), flush=True)
@@ -105,16 +107,16 @@ class Table:
         return allocation.fisher(energies, self.shapes, budget.budget_bytes(self.shapes, ratio), "float16", 1).ranks
 
 
-def check_protocol() -> None:
+def check_protocol(protocol: Protocol) -> None:
     """Raise ConfigError unless the captured statistics are those of the protocol."""
     if not CAPTURED.exists():
         raise ConfigError([f"{CAPTURED}: not there; run `dvc repro capture` first"])
     found = read_json(artifact("calibrate") / "calibrate.json")["calibration"]
-    if (found["n_windows"], found["seq_len"]) != (PROTOCOL["windows"], PROTOCOL["seq_len"]):
+    if (found["n_windows"], found["seq_len"]) != (protocol["windows"], protocol["seq_len"]):
         raise ConfigError(
             [
                 f"params.yaml: calibrate: {found['n_windows']} × {found['seq_len']} tokens were captured, the "
-                f"protocol needs {PROTOCOL['windows']} × {PROTOCOL['seq_len']}; set them and run `dvc repro capture`"
+                f"protocol needs {protocol['windows']} × {protocol['seq_len']}; set them and run `dvc repro capture`"
             ]
         )
 
@@ -125,9 +127,12 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.8, 0.6, 0.4], help="default: %(default)s")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="test text, taken as one text")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
+    for name, value in PROTOCOL.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="default: %(default)s")
     arguments = parser.parse_args()
     try:
-        table = Table(arguments.text, resolve(load().runtime.device))
+        protocol = {name: getattr(arguments, name) for name in PROTOCOL}
+        table = Table(arguments.text, resolve(load().runtime.device), protocol)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     for method in arguments.methods:
