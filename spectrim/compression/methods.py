@@ -93,7 +93,7 @@ UPDATE_METHODS: dict[str, UpdateMethod] = {
     ),
     "svd": UpdateMethod("the weight error ‖W − W'‖", reads=(), metric=False, damped=False, computed_by="plain_svd_of"),
     "asvd": UpdateMethod(
-        "the weight error with columns scaled by mean |x|^½",
+        "the weight error, columns scaled by the root of their mean size",
         reads=("abs_mean",),
         metric=False,
         damped=False,
