@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from pipeline.config.params import load
-from pipeline.runtime.artifacts import artifact, write_json
+from pipeline.runtime.artifacts import artifact, require_model, write_json
 from pipeline.runtime.console import run
 from pipeline.runtime.devices import resolve
 from pipeline.runtime.progress import progress
@@ -27,6 +27,8 @@ def main() -> None:
     """Measure speed and memory of both models, in turns."""
     params = load()
     settings, device = params.speed, resolve(params.runtime.device)
+    for stage in ("prepare", "remap"):
+        require_model(artifact(stage))
     dtype = speed_dtype(settings.dtype, half_dtype(artifact("prepare")), device)
     models = {
         "dense": load_model(artifact("prepare"), device),

@@ -311,7 +311,7 @@ def test_a_models_own_code_is_never_run(tmp_path: Path) -> None:
     config = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "code.Config"}}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match="not a language model that transformers can read"):
-        originals.load_model(folder, torch.float16)
+        originals.load_original(folder, torch.float16)
     with pytest.raises(ValueError, match="custom code"):
         originals.check_context(folder, 8)
     assert not trace.exists()
