@@ -37,7 +37,7 @@ def dependencies(stage: str) -> set[str]:
     found = set()
     for name in graph[stage]["deps"]:
         path = tiny.REPOSITORY / name
-        files = path.rglob("*.py") if path.is_dir() else [path]
+        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
         found |= {file.relative_to(tiny.REPOSITORY).as_posix() for file in files}
     return found
 
