@@ -50,7 +50,7 @@ preset: .venv/.installed ## NAME=dobi-svd: the values of a published method into
 	@python -m pipeline.config.preset $(NAME)
 
 test: .venv/.installed ## the whole test suite, one file per core at a time
-	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 deps: .venv/.installed ## the code that each stage executes, into dvc.yaml
 	@python -m pipeline.deps

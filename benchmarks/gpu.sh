@@ -64,7 +64,7 @@ if step params 60 "$python" -m benchmarks.gpu_report params "$model" "$texts"; t
         step "stage.$stage" "$GRAPH_UNTIL" "$python" -m benchmarks.gpu_report stage "$stage" "$log" || break
     done
     step inference "$INFERENCE_UNTIL" "$python" -m benchmarks.inference \
-        --ratios 0.8 0.5 --batches 1 16 --contexts 512 --repeats 3
+        --ratios 0.5 --batches 1 16 --contexts 512 --repeats 1
 fi
 
 report write "$log" "$out" || failed=1

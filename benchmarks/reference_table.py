@@ -97,7 +97,7 @@ class Table:
                 attach_truncated(self.model, {name: module})
             measured = perplexity(self.model, self.windows)["perplexity"]
             row = {"method": method, "ratio": ratio, "perplexity": measured, "dense_perplexity": self.dense}
-            print(json.dumps(row | {"seconds": round(shared + time.perf_counter() - started, 1)}), flush=True)
+            print(json.dumps(row | {"seconds": round(shared + time.perf_counter() - started, 3)}), flush=True)
 
     def _ranks(self, ranking: str, ratio: float) -> list[int]:
         if ranking == "uniform":

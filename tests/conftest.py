@@ -13,6 +13,15 @@ from tests.layer_runs import INLINE
 from tests.layer_worker import names, tasks_of
 from tests.tiny import tree
 
+WHOLE_PROJECTS = {"finished_llama", "captured_llama", "tiny_project", "prefect_server"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that run whole projects first: they take minutes, and a long one that starts last keeps one core idle."""
+    slow = {item.path for item in items if WHOLE_PROJECTS & set(getattr(item, "fixturenames", ()))}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 ProjectFactory = Callable[[str], tiny.Project]
 
 
@@ -67,8 +76,7 @@ def captured_llama(
 ) -> tiny.Project:
     """A Llama project after everything that no compressing parameter touches; read only, change a `.copy()`."""
     project = tiny.make_project(tmp_path_factory.mktemp("captured") / "llama", model_folders["llama"], corpus_file)
-    for stage in ("prepare", "calibrate", "capture", "baseline"):
-        project.stage(stage)
+    project.stages("prepare", "calibrate", "capture", "baseline")
     return project
 
 

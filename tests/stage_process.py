@@ -1,7 +1,7 @@
 """One stage in a process of its own, forked from a server that has torch and transformers loaded already.
 
 A fresh `python -m stages.X` spends most of its seconds on those imports; the project's own modules are imported anew in
-every child, from the project's folder. `dvc repro` in the tests runs the real command.
+every child, from the project's folder. Where the command itself is tested, DVC starts it as a user's does.
 """
 
 import inspect
@@ -31,6 +31,9 @@ PRELOADED = [
     "matplotlib.pyplot",
     "pydantic",
     "typer",
+    "dvc.cli",
+    "dvc.repo.reproduce",
+    "lm_eval.evaluator",
 ]
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(PRELOADED)
@@ -71,18 +74,9 @@ def _child(
     trace: Path | None,
     kill_at: str | None,
 ) -> None:
-    import torch
-
     for stream, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # OpenMP read its own when it was loaded
-    repository = Path(__file__).resolve().parent.parent
-    sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry or ".").resolve() != repository)]
-    own = ("spectrim", "pipeline", "stages")
-    assert not [module for module in sys.modules if module.split(".")[0] in own], "loaded before the fork"
+    enter(folder, environment)
     sys.argv = [f"stages.{name}"]
     if kill_after is not None:
         _kill_in_a_commit(kill_after, kill_at)
@@ -92,6 +86,21 @@ def _child(
     finally:
         sys.setprofile(None)
         write()
+
+
+def enter(folder: Path, environment: Mapping[str, str]) -> None:
+    """Make this forked process one that was started in ``folder``."""
+    import torch
+
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.dont_write_bytecode = False  # the next child finds the project's modules compiled
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # OpenMP read its own when it was loaded
+    repository = Path(__file__).resolve().parent.parent
+    sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry or ".").resolve() != repository)]
+    own = ("spectrim", "pipeline", "stages")
+    assert not [module for module in sys.modules if module.split(".")[0] in own], "loaded before the fork"
 
 
 def _kill_in_a_commit(left: int, at: str | None) -> None:

@@ -21,8 +21,7 @@ def compressed(project: Project, ratio: float, alternatives: list[str]) -> Path:
         compression__ratio=ratio, compression__format="pifa_int8", compression__alternatives=alternatives,
         compression__align=1, train_ranks__method="fisher",
     )  # fmt: skip
-    for stage in ("train_ranks", "update_weights", "remap"):
-        project.stage(stage)
+    project.stages("train_ranks", "update_weights", "remap")
     return project.folder / "artifacts" / "remap"
 
 

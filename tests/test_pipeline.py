@@ -136,8 +136,7 @@ def test_every_family_goes_through_all_stages(
 ) -> None:
     project = tiny_project(family)
     project.change(**choices)
-    for stage in tiny.STAGES:
-        project.stage(stage)
+    project.stages(*tiny.STAGES)
     check_result(project)
     assert (project.folder / "reports" / "report.md").read_text(encoding="utf-8").count("corpus")
     summary = read(project.folder / "artifacts" / "update_weights" / "summary.json")
@@ -189,7 +188,7 @@ def test_only_what_changed_reruns(finished_llama: Project, tmp_path: Path) -> No
     assert tree(project.folder / "artifacts" / "remap") == first
 
     project.commit("a finished run")
-    project.run("dvc", "exp", "run", "-S", "compression.ratio=0.6")
+    project.dvc("exp", "run", "-S", "compression.ratio=0.6")
     assert read(project.folder / "reports" / "metrics.json")["ratio"]["target"] == 0.6
 
     queue_and_run(project)

@@ -30,8 +30,7 @@ def test_a_preset_runs_to_the_evaluation(
     monkeypatch.chdir(project.folder)
     write(name)
     values = preset.read(name)
-    for stage in STAGES:
-        project.stage(stage)
+    project.stages(*STAGES)
 
     artifacts = project.folder / "artifacts"
     ranks, summary = read(artifacts / "train_ranks" / "ranks.json"), read(artifacts / "update_weights" / "summary.json")

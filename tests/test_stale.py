@@ -71,7 +71,7 @@ def digests(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Project], dic
 
 def named(project: Project) -> set[str]:
     """The stages that `dvc status` finds changed, `sources` left out, which always is."""
-    return set(json.loads(project.run("dvc", "status", "--json").stdout)) - {"sources"}
+    return set(json.loads(project.dvc("status", "--json").stdout)) - {"sources"}
 
 
 def test_a_changed_behaviour_reaches_its_stages_and_no_others(

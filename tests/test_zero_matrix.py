@@ -45,15 +45,13 @@ def grown(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Projec
     model.save_pretrained(root / "model")
     tiny.tokenizer().save_pretrained(root / "model")
     project = make_project(root / "project", root / "model", corpus_file)
-    for stage in ("prepare", "calibrate", "capture"):
-        project.stage(stage)
+    project.stages("prepare", "calibrate", "capture")
     return project
 
 
 def compressed(project: Project) -> dict[str, str]:
     """The format of every matrix of the checkpoint that its stages make; it loads and computes."""
-    for stage in ("train_ranks", "update_weights", "remap"):
-        project.stage(stage)
+    project.stages("train_ranks", "update_weights", "remap")
     folder = project.folder / "artifacts" / "remap"
     with torch.inference_mode():
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -84,8 +82,7 @@ def test_every_stage_ends_with_finite_numbers(grown: Project, tmp_path: Path) ->
     assert not spectra["two_sided.model.layers.1.self_attn.q_proj"].any()  # no gradient: nothing is at stake
     assert spectra["input.model.layers.1.self_attn.q_proj"].all()
     compressed(project)
-    for stage in ("baseline", "evaluate", "speed", "report"):
-        project.stage(stage)
+    project.stages("baseline", "evaluate", "speed", "report")
     metrics = json.loads((project.folder / "reports" / "metrics.json").read_text(encoding="utf-8"))
     assert all(math.isfinite(number) for number in numbers(metrics))
 

@@ -29,6 +29,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from tests import warm_programs
 from tests.stage_process import run_stage
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -171,16 +172,28 @@ class Project:
 
     def stage(self, name: str, check: bool = True, **how: Any) -> subprocess.CompletedProcess[str]:
         """Run one stage without DVC, behind `sources`, which DVC runs in every run; see `run_stage`."""
-        done = None if name == "sources" else run_stage("sources", self.folder, process_environment())
-        if done is None or done.returncode == 0:
+        done = run_stage("sources", self.folder, process_environment())
+        if done.returncode == 0 and name != "sources":
             done = run_stage(name, self.folder, process_environment(), **how)
         if check and done.returncode:
             raise AssertionError(f"stages.{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
 
+    def stages(self, *names: str) -> None:
+        """Run one stage after the other without DVC, behind one run of `sources`."""
+        for name in ("sources", *(name for name in names if name != "sources")):
+            done = run_stage(name, self.folder, process_environment())
+            if done.returncode:
+                raise AssertionError(f"stages.{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+
     def repro(self, *arguments: str) -> set[str]:
         """`dvc repro`; returns the stages that were computed (neither skipped nor restored from the run cache)."""
-        return computed_stages(self.run("dvc", "repro", *arguments).stdout)
+        return computed_stages(self.dvc("repro", *arguments).stdout)
+
+    def dvc(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`dvc`, and the stages that it starts, quickly; see `warm_programs`. `run("dvc", …)` is a user's."""
+        path = os.pathsep.join([str(warm_programs.folder()), process_environment()["PATH"]])
+        return self.run("dvc", *arguments, PATH=path)
 
     def change(self, **values: Any) -> None:
         """Set parameters, `compression__ratio=0.6` for `compression.ratio`."""

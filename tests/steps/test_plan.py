@@ -43,8 +43,7 @@ def test_a_tiny_project_writes_what_is_foretold(
     captured_llama: Project, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     project = captured_llama.copy(tmp_path / "llama")
-    for stage in ("train_ranks", "update_weights", "remap"):
-        project.stage(stage)
+    project.stages("train_ranks", "update_weights", "remap")
     plan = plan_of(project, model_folders["llama"])
     real = check(project, plan)
     wrong = replace(plan, shape=replace(plan.shape, intermediate=plan.shape.intermediate * 3 // 2))
@@ -63,8 +62,7 @@ def test_a_trained_model_writes_what_is_foretold(
         calibrate__test_windows=1, compression__ratio=ratio,
     )  # fmt: skip
     stages = tiny.STAGES[: tiny.STAGES.index("remap") + 1]
-    for stage in stages:
-        project.stage(stage)
+    project.stages(*stages)
     check(project, plan_of(project, model))
 
 
