@@ -11,15 +11,16 @@ Source: distillation, Hinton et al. 2015, arXiv:1503.02531; on the factors of a 
 arXiv:2604.02119.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from spectrim.errors import NumericalError
 from spectrim.formats.lowrank_linear import LowRankLinear
@@ -30,6 +31,9 @@ from spectrim.maths.sampling import in_rounds
 from spectrim.maths.schedule import BETAS, course
 from spectrim.models.blocks import logits
 from spectrim.models.modules import decoder_blocks, replace
+
+if TYPE_CHECKING:  # importing it takes seconds, and a result of the store needs no model
+    from transformers import PreTrainedModel
 
 CLIP = 1.0  # norm of the gradient over all factors
 PARTS = ("parameter", "mean", "square")  # of a run's state

@@ -11,17 +11,21 @@ they replace is decided here, so that all baselines are of the same ones.
 Sources: QLoRA, Dettmers et al. 2023, arXiv:2305.14314; LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
-from transformers import PreTrainedModel
 
 from spectrim.maths.budget import dense_bytes
 from spectrim.models.modules import compressible_linears, replace
+
+if TYPE_CHECKING:  # importing it takes seconds, and a result of the store needs no model
+    from transformers import PreTrainedModel
 
 OUTLIER = 6.0  # the threshold of LLM.int8(), as BitsAndBytesConfig sets it
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -5,18 +5,22 @@ first token of a window is context only, every other token's loss counts once. N
 an error that names the module and the window.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectrim.errors import DataError, NumericalError
 from spectrim.maths.budget import dense_bytes
 from spectrim.maths.quantization import dequantize, round_to_nearest, rounded_bytes
 from spectrim.models.modules import compressible_linears
+
+if TYPE_CHECKING:  # importing it takes seconds, and a result of the store needs no model
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[Sequence[int]], Iterable[int]]
 

@@ -1,19 +1,23 @@
 """How fast a language model runs and how much memory it needs, always beside another model in the same run."""
 
+from __future__ import annotations
+
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from statistics import median
 from time import perf_counter
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
 
 from spectrim.errors import DataError
+
+if TYPE_CHECKING:  # importing it takes seconds, and a result of the store needs no model
+    from transformers import PreTrainedModel
 
 Progress = Callable[[Sequence[int]], Iterable[int]]
 

@@ -18,7 +18,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from spectrim.errors import ModelError, StorageError
 from spectrim.maths.lowrank import Factors
@@ -44,6 +43,8 @@ class BlockModel:
         self.folder, self.device = Path(folder), torch.device(device)
         if not (file := self.folder / "config.json").is_file():  # transformers would ask the hub for it
             raise StorageError(f"{file}: not found; give a folder with a model in the Hugging Face layout")
+        from transformers import AutoConfig, AutoModelForCausalLM  # seconds, which a finished result need not take
+
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         self.dtype = config.dtype or torch.float32
         with init_empty_weights():
