@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 SMALL = {
+    "compression": {"alternatives": ["dense_int4", "int4_residual"]},
     "calibrate": {"seq_len": 128, "calibration_windows": 8, "validation_windows": 2, "test_windows": 2},
     "capture": {"gradient_windows": 4, "gradient_seq_len": 64},
     "train_ranks": {"steps": 4, "seq_len": 64},

@@ -1,8 +1,8 @@
-"""The factors of every matrix at its rank, and their refinement.
+"""The factors of every matrix at its rank, rounded weights, and the refinement of all.
 
 reads   artifacts/prepare, artifacts/capture, artifacts/train_ranks/ranks.json, artifacts/calibrate
 writes  artifacts/update_weights: one file of factors per block, rounded/ with one file of rounded weights per block,
-        refinement.csv, summary.json (errors, variants)
+        vectors.safetensors where norms and biases were refined, refinement.csv, summary.json (errors, variants)
 params  update_weights, compression.{exclude,seed}, capture.{damping,max_damping}
 """
 
@@ -18,13 +18,14 @@ from pipeline.runtime.layers import run_layers
 from pipeline.runtime.store import LayerStore, link_or_copy
 from pipeline.steps import refinement_run, rounded_blocks, variants
 from pipeline.steps.block_updates import facts_of, updated_blocks
+from pipeline.steps.factor_files import ROUNDED_FOLDER
 from pipeline.steps.updates import variants_of
 from spectrim.checkpoint.layout import Matrix
 from spectrim.maths.budget import FACTORED
 
 
 def main() -> None:
-    """Compute the factors of every block, choose among the variants, then refine all factors together."""
+    """Compute the factors of every block, choose among the variants, then refine all that is stored together."""
     params, store, device = load(), LayerStore(), resolve(load().runtime.device)
     settings = params.update_weights
     require_model(artifact("prepare"))
@@ -40,13 +41,16 @@ def main() -> None:
     if len(made) > 1 and ranks:
         losses = variants.validation_losses(made, device, params.runtime, store)
         chosen = min(losses, key=lambda name: losses[name])
-    files = made[chosen]
-    refined = _refined(params, device, files, store) if settings.refinement.steps and ranks else None
+    files, kept = made[chosen], rounded_blocks.chosen(rounded, matrices, params, store)
+    refined = _refined(params, device, files, kept, store) if settings.refinement.steps and (ranks or kept) else None
     with fresh_folder(artifact("update_weights")) as out:
-        for folder in [refined] if refined else [file.parent for file in files]:
-            link_or_copy(folder, out)
-        rounded_blocks.write(rounded, matrices, out / "rounded")
-        if refined is None:
+        if refined:
+            link_or_copy(refined, out)
+        else:
+            for folder in [file.parent for file in files]:
+                link_or_copy(folder, out)
+            for folder in {file.parent for file in kept}:
+                link_or_copy(folder, out / ROUNDED_FOLDER)
             refinement_run.write_curve(out / refinement_run.CURVE, [])
         write_json(
             out / "summary.json",
@@ -60,11 +64,11 @@ def main() -> None:
         )
 
 
-def _refined(params: Params, device: torch.device, files: list[Path], store: LayerStore) -> Path:
-    """The store entry of the refined factors, as one more layer of the stage."""
+def _refined(params: Params, device: torch.device, files: list[Path], rounded: list[Path], store: LayerStore) -> Path:
+    """The store entry of what was refined, as one more layer of the stage."""
     folders = (artifact("prepare"), artifact("calibrate"), artifact("capture"))
     settings, seed = params.update_weights.refinement, params.compression.seed
-    refinement = refinement_run.RefinementRun(*folders, device, files, settings, seed, store)
+    refinement = refinement_run.RefinementRun(*folders, device, files, rounded, settings, seed, store)
     entries = run_layers("refinement", [refinement.task()], params.runtime, store, ordered=True)
     refinement.clear()
     return entries["refinement"]

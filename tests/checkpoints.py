@@ -17,7 +17,6 @@ from spectrim.formats.stored_linear import StoredLinear
 from spectrim.maths.budget import FACTORED, RESIDUAL, ROUNDED, Format, resolve_format
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import dequantize, round_to_nearest
-from spectrim.maths.storage_formats import group_size
 from spectrim.models.modules import compressible_linears
 from tests import tiny
 
@@ -47,8 +46,8 @@ def packed_weight(weight: Tensor, format: Format, dtype: torch.dtype) -> Packed:
     """A weight as ``format`` stores it, factors at RANK."""
     if format not in ROUNDED:
         return pack(truncated(weight, RANK), format, dtype)
-    n_bits = ROUNDED[format]
-    rounded = round_to_nearest(weight, n_bits, group_size(n_bits, weight.shape[1]))
+    grid = ROUNDED[format]
+    rounded = round_to_nearest(weight, grid.n_bits, grid.group_size(weight.shape[1]))
     residual = truncated(weight - dequantize(rounded), RANK) if format in RESIDUAL else None
     return pack_rounded(rounded, format, residual, dtype)
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import scipy.linalg
@@ -145,19 +145,29 @@ def matrix_bytes(format: str, out: int, in_: int, rank: int) -> int:
     return sum(count * size for count, size in tensors)
 
 
-def compensated(weight: Tensor, gram: Tensor, n_bits: int, group_size: int, damping: float) -> Tensor:
-    """GPTQ one input at a time, the inverse Gram of the inputs that are left recomputed for each."""
+def compensated(weight: Tensor, gram: Tensor, n_bits: int, scale: Tensor, damping: float) -> Tensor:
+    """GPTQ one input at a time, the costliest first, the inverse Gram of those that are left recomputed for each."""
     weight, result = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
-    gram = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    top = 2 ** (n_bits - 1) - 1
-    for at in range(weight.shape[1]):
-        if at % group_size == 0:
-            scale = (weight[:, at : at + group_size].abs().amax(1) / top).half().double()
-        inverse = torch.linalg.inv(gram[at:, at:])
-        result[:, at] = (weight[:, at] / scale).round().clamp(-top, top) * scale
-        error = (weight[:, at] - result[:, at]) / inverse[0, 0]
-        weight[:, at:] -= error[:, None] * inverse[0]
+    steps = scale.double().repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
+    damped = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    left = sorted(range(len(gram)), key=lambda at: -float(gram[at, at]))
+    while left:
+        inverse = torch.linalg.inv(damped[left][:, left])
+        at, step = left[0], steps[:, left[0]]
+        result[:, at] = (weight[:, at] / step).round().clamp(-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1) * step
+        weight[:, left] -= ((weight[:, at] - result[:, at]) / inverse[0, 0])[:, None] * inverse[0]
+        left = left[1:]
     return result
+
+
+def best_scale(weights: Sequence[float], costs: Sequence[float], n_bits: int, tried: Iterable[float]) -> float:
+    """The least weighted rounding error that any of the scales ``tried`` leaves in one group."""
+    low, high = -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
+    errors = []
+    for scale in tried:
+        kept = [min(max(round(weight / scale), low), high) * scale for weight in weights]
+        errors.append(sum(cost * (weight - near) ** 2 for weight, near, cost in zip(weights, kept, costs, strict=True)))
+    return min(errors)
 
 
 def round_factors(left: Tensor, right: Tensor, heads: tuple[int, int], gram: Tensor) -> Tensor:
@@ -171,11 +181,14 @@ def round_factors(left: Tensor, right: Tensor, heads: tuple[int, int], gram: Ten
     inner = rounded @ gram @ rounded.T
     inner += 1e-2 * inner.diagonal().mean() * torch.eye(len(inner), dtype=torch.float64)
     scale = (left[: heads[0]].abs().amax(1) / 127).float().double()
-    for at in range(left.shape[1]):  # what an input's rounding costs goes to the inputs after it
-        inverse = torch.linalg.inv(inner[at:, at:])
+    order = sorted(range(len(inner)), key=lambda at: -float(inner[at, at]))
+    for done, at in enumerate(order):  # what an input's rounding costs goes to the inputs after it
+        after = order[done:]
+        inverse = torch.linalg.inv(inner[after][:, after])
         exact = left[: heads[0], at].clone()
-        left[: heads[0], at] = (exact / scale).round().clamp(-127, 127) * scale
-        left[: heads[0], at + 1 :] -= ((exact - left[: heads[0], at]) / inverse[0, 0])[:, None] * inverse[0, 1:]
+        left[: heads[0], at] = (exact / scale).round().clamp(-128, 127) * scale
+        share = ((exact - left[: heads[0], at]) / inverse[0, 0])[:, None] * inverse[0, 1:]
+        left[: heads[0], after[1:]] -= share
     return left @ rounded
 
 
@@ -199,10 +212,10 @@ def round_to_nearest(weight: Tensor, n_bits: int, group_size: int | None, symmet
     return result
 
 
-def pack_int4(values: Sequence[int]) -> list[int]:
-    """Pairs of four-bit integers as bytes, the first one in the low half."""
-    padded = [*values, 0] if len(values) % 2 else list(values)
-    return [(low % 16) + 16 * (high % 16) for low, high in zip(padded[::2], padded[1::2], strict=True)]
+def pack(values: Sequence[int], n_bits: int) -> list[int]:
+    """Integers as one long binary number, the first in its lowest bits, cut into bytes."""
+    whole = sum((value % 2**n_bits) << n_bits * at for at, value in enumerate(values))
+    return list(whole.to_bytes(len(values) * n_bits // 8, "little"))
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor, tokens: Tensor, kl_weight: float) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from spectrim.compression import statistics as captured
-from spectrim.compression.refinement import FactorTraining, attach_factors, leaving
+from spectrim.compression.refinement import LearningRates, StoredTraining, attach_factors, leaving
 from spectrim.compression.truncated import GatedLinear, attach_truncated
 from spectrim.evaluation.perplexity import perplexity
 from spectrim.evaluation.speed import peak_bytes, throughput, weight_bytes
@@ -93,7 +93,7 @@ def test_a_checkpoint_gives_the_same_logits_and_stays_packed(
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_refinement_in_bfloat16_falls_as_on_the_cpu_and_goes_on_where_it_was(steps_before: int) -> None:
-    def run(device: str) -> FactorTraining:
+    def run(device: str) -> StoredTraining:
         model, dense = tiny.model("llama"), tiny.model("llama")
         factors = {
             name: truncated(linear.weight.detach(), min(linear.weight.shape) // 3)
@@ -102,8 +102,10 @@ def test_refinement_in_bfloat16_falls_as_on_the_cpu_and_goes_on_where_it_was(ste
         modules = attach_factors(model.to(device), factors)
         with torch.no_grad():
             expected, _ = leaving(dense, TOKENS)
-        settings = {"steps": 6, "batch_size": 2, "learning_rate": 3e-3, "kl_weight": 1.0, "seed": 0}
-        return FactorTraining(model, modules, TOKENS, expected, **settings)  # type: ignore[arg-type]
+        return StoredTraining(
+            model, modules, {}, TOKENS, expected, steps=6, batch_size=2,
+            learning_rates=LearningRates(3e-3, 3e-3, 3e-4), kl_weight=1.0, seed=0,
+        )  # fmt: skip
 
     on_cpu, first, second = run("cpu"), run("cuda"), run("cuda")
     expected, found = [on_cpu.advance() for _ in range(6)], [first.advance() for _ in range(steps_before)]

@@ -129,17 +129,18 @@ def save_corpus(file: Path) -> Path:
 
 
 def tiny_params(model_source: str, text_source: str) -> dict[str, Any]:
-    """The repository's params.yaml, cut down until every stage takes seconds."""
+    """The repository's params.yaml, cut down until every stage takes seconds; low rank alone, by gates, at 0.8."""
     params: dict[str, Any] = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
     params["model"] = {"source": model_source, "sha256": None}
     splits = {"calibration": 0.6, "validation": 0.2, "test": 0.2}
     params["data"] = {"corpus": {"source": text_source, "sha256": None, "column": "text", "splits": splits}}
     refinement = {**params["update_weights"]["refinement"], "steps": 4, "seq_len": 24, "validate_every": 2}
     small: dict[str, dict[str, Any]] = {
+        "compression": {"ratio": 0.8, "format": "pifa", "alternatives": []},
         "runtime": {"engine": "inline", "workers": 2, "device": "cpu"},
         "calibrate": {"seq_len": 32, "calibration_windows": 12, "validation_windows": 2, "test_windows": 3},
         "capture": {"gradient_windows": 6, "gradient_seq_len": 24},
-        "train_ranks": {"steps": 3, "seq_len": 16},
+        "train_ranks": {"method": "gates", "steps": 3, "seq_len": 16},
         "update_weights": {"windows": 4, "refinement": refinement},
         "baseline": {"group_size": 16},
         "evaluate": {"new_tokens": 4},

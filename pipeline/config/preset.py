@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.error import YAMLError
 
 from pipeline.config.params import leaves, load, read_yaml
@@ -120,12 +121,17 @@ def edited(text: str, values: Mapping[str, Any]) -> tuple[str, dict[str, tuple[A
 
 def _set(node: Any, key: str, value: Any) -> None:
     """node[key] = value in ruamel's mapping, the comment behind it one space away whatever the value's length."""
+    if isinstance(value, list):
+        value = CommentedSeq(value)
+        value.fa.set_flow_style()
     node[key] = value
     if comment := (node.ca.items.get(key) or [None] * 3)[2]:
         comment.column = 0
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -185,8 +185,10 @@ class TrainRanks:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Refinement:
-    """Training of all factors together, ``batch_size`` calibration windows cut to ``seq_len`` tokens per step.
+    """Training of all that is stored together, ``batch_size`` calibration windows cut to ``seq_len`` tokens per step.
 
+    Rates: ``learning_rate`` of factors, ``scale_learning_rate`` of scales relative to their size,
+    ``vector_learning_rate`` of norms and biases (0: they stay).
     ``steps`` 0: none. ``kl_weight``: 1 learns from the dense model's predictions alone, 0 from the text alone.
     ``patience``: validations in a row without a better one that end it. ``checkpointing``: less memory, more time.
     """
@@ -195,6 +197,8 @@ class Refinement:
     batch_size: AtLeast1
     seq_len: AtLeast2
     learning_rate: Positive
+    scale_learning_rate: Positive
+    vector_learning_rate: Annotated[float, Field(ge=0)]
     kl_weight: Annotated[float, Field(ge=0, le=1)]
     validate_every: AtLeast1
     patience: AtLeast1

@@ -39,7 +39,7 @@ class RankedMatrix:
         """The rank; or i4, i8 for rounded weights, with + where factors correct them; nothing where it is dense."""
         if self.is_factored:
             return str(self.rank)
-        return f"i{ROUNDED[self.format]}{'+' * (self.format in RESIDUAL)}" if self.format in ROUNDED else ""
+        return f"i{ROUNDED[self.format].n_bits}{'+' * (self.format in RESIDUAL)}" if self.format in ROUNDED else ""
 
     @property
     def bytes(self) -> int:

@@ -27,7 +27,7 @@ from spectrim.maths import allocation, budget, joint_allocation
 from spectrim.maths.budget import Format, Shape
 from spectrim.maths.joint_allocation import Option
 from spectrim.maths.lowrank import Factors, closed_form, truncate
-from spectrim.maths.storage_formats import FORMATS
+from spectrim.maths.storage_formats import FORMATS, Grid
 from spectrim.models.modules import linears_by_block
 
 Ranks = dict[str, int]
@@ -54,7 +54,7 @@ class RankSearch:
     """Proposes ranks for every compressible linear of a prepared model under one byte budget.
 
     Args:
-        lost: number of bits -> linear -> the spectrum of what rounding its weight to them lost; for the alternatives.
+        lost: grid -> linear -> the spectrum, or the norm, of what rounding its weight lost; for the alternatives.
         storage_losses: format with int8 factors -> linear -> what rounding them loses; likewise.
     """
 
@@ -65,7 +65,7 @@ class RankSearch:
         shared: Compression,
         settings: TrainRanks,
         device: torch.device,
-        lost: Mapping[int, Mapping[str, Tensor]],
+        lost: Mapping[Grid, Mapping[str, Tensor]],
         storage_losses: Mapping[Format, Mapping[str, float]],
     ) -> None:
         self.lost, self.storage_losses = lost, storage_losses

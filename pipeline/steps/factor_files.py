@@ -16,6 +16,12 @@ from torch import Tensor
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import Quantized
 
+ROUNDED_FOLDER = "rounded"
+"""The folder of rounded weights."""
+
+VECTORS = "vectors.safetensors"
+"""Norms and biases as refined, by their names in the model; not there where they stay."""
+
 
 def read_factors(*files: Path) -> dict[str, Factors]:
     """Linear name -> its factors, of one block or of several."""

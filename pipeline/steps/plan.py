@@ -9,10 +9,11 @@ Both with the params.yaml of this folder, one stage after the other:
     memory  = what the process itself takes + the most that is there at once
 
 The rates of ``CORES`` are fitted to runs of SmolLM2-135M on two cores of an AMD EPYC (Zen 3), those of ``GPU`` to one
-run of it on an H100 with 16 cores, see each; a larger model was run on neither. Memory was compared with that of a model of 54
-million numbers in windows of 128 tokens: 0.74 GB computed and 0.74 measured in `prepare`, 0.78 and 0.93 in `capture`,
-1.13 and 1.13 in `train_ranks`, 1.38 and 1.40 in `update_weights`. The layers are Llama's: grouped-query attention, a
-gated MLP, no biases. Tasks of lm-eval, downloads, and on a GPU the many small SVDs of `dobi` are not counted.
+run of it on an H100 with 16 cores, see each; a larger model was run on neither. Memory was compared with that of a
+model of 54 million numbers in windows of 128 tokens: 0.74 GB computed and 0.74 measured in `prepare`, 0.78 and 0.93 in
+`capture`, 1.13 and 1.13 in `train_ranks`, 1.38 and 1.40 in `update_weights`. The layers are Llama's: grouped-query
+attention, a gated MLP, no biases. Tasks of lm-eval, downloads, and on a GPU the many small SVDs of `dobi` are not
+counted, nor are rounded weights: the formulas are of low rank alone.
 """
 
 import json
@@ -131,8 +132,8 @@ def main(
     print("Two cores, fitted to measured times:\n")
     print(*table(models, params, CORES), sep="\n")
     print(
-        "\nOne H100, fitted to one run of the 0.1 B model, whose small matrices keep a GPU waiting: the times of larger ones "
-        "are upper bounds. Bold: more than its 80 GB:\n"
+        "\nOne H100, fitted to one run of the 0.1 B model, whose small matrices keep a GPU waiting: the times of "
+        "larger ones are upper bounds. Bold: more than its 80 GB:\n"
     )
     print(*table(models, params, GPU), sep="\n")
 

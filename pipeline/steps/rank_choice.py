@@ -21,6 +21,7 @@ from pipeline.steps.spectra_file import NAME as SPECTRA
 from spectrim.compression.methods import RANK_METHODS
 from spectrim.compression.rank_training import Step
 from spectrim.maths.budget import Format
+from spectrim.maths.storage_formats import Grid
 
 COMPARED = ("uniform", "fisher")
 """What trained ranks are measured beside: on the validation windows the best of all is kept."""
@@ -30,7 +31,7 @@ class RankChoice:
     """Writes ranks.json and curve.csv: the proposal of the method, or the best of the trained ranks and two others.
 
     Args:
-        rounded: number of bits -> the store's files of rounded weights, for the alternatives.
+        rounded: grid -> the store's files of rounded weights, for the alternatives.
         storage_losses: format with int8 factors -> linear -> what rounding them loses; likewise.
     """
 
@@ -39,7 +40,7 @@ class RankChoice:
         params: Params,
         device: torch.device,
         store: LayerStore,
-        rounded: Mapping[int, Sequence[Path]],
+        rounded: Mapping[Grid, Sequence[Path]],
         storage_losses: Mapping[Format, Mapping[str, float]],
     ) -> None:
         self.params, self.device, self.store = params, device, store
@@ -64,7 +65,7 @@ class RankChoice:
             params.train_ranks,
             params.compression,
             read_json(artifact("sources", "ranks.json")),
-            {str(bits): [file.parent.name for file in files] for bits, files in self.rounded.items()},
+            {str(grid): [file.parent.name for file in files] for grid, files in self.rounded.items()},
             self.storage_losses,
             str(self.device),
         )
@@ -74,7 +75,7 @@ class RankChoice:
     def __call__(self, folder: Path) -> None:
         """Write ranks.json and curve.csv into ``folder``."""
         settings = self.params.train_ranks
-        lost = {n_bits: rounded_blocks.spectra(files) for n_bits, files in self.rounded.items()}
+        lost = {grid: rounded_blocks.spectra(files) for grid, files in self.rounded.items()}
         search = RankSearch(
             artifact("prepare"),
             artifact("capture"),

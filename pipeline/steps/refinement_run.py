@@ -1,13 +1,13 @@
-"""The refinement of `update_weights`: one run over all factors that goes on where a killed run stopped.
+"""The refinement of `update_weights`: one run over all that is stored, which goes on where a killed run stopped.
 
-Every ``validate_every`` steps the factors are measured on the validation windows, and everything the run depends on is
-put into the store. The best factors seen are the result; the ones it began with are among them.
+Every ``validate_every`` steps the model is measured on the validation windows, and everything the run depends on is put
+into the store. The best state seen is the result; the one it began with is among them.
 """
 
 import csv
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +23,23 @@ from pipeline.runtime.layers import LayerTask, keyed
 from pipeline.runtime.progress import bar, say
 from pipeline.runtime.snapshots import Snapshots
 from pipeline.runtime.store import LayerStore
-from pipeline.steps.factor_files import read_factors, write_factors
+from pipeline.steps.factor_files import (
+    ROUNDED_FOLDER,
+    VECTORS,
+    read_factors,
+    read_rounded,
+    write_factors,
+    write_rounded,
+)
 from pipeline.steps.model_folders import load_model
-from spectrim.compression.refinement import PARTS, FactorTraining, attach_factors, checkpoint_blocks
+from spectrim.compression.refinement import (
+    PARTS,
+    LearningRates,
+    StoredTraining,
+    attach_factors,
+    attach_rounded,
+    checkpoint_blocks,
+)
 from spectrim.compression.statistics import last_hidden
 from spectrim.evaluation.perplexity import perplexity
 
@@ -47,14 +61,15 @@ class Point:
 
 
 class RefinementRun:
-    """Trains the factors in ``files`` (one per block, LINEAR.left and LINEAR.right) and writes the best of them.
+    """Trains what is in ``files`` and ``rounded``, norms and biases, and writes the best state seen.
 
     Args:
         prepared: folder of the dense model.
         calibrate: folder of the calibration windows, and of the validation windows, which are only measured on.
         captured: folder of what left the dense model's last block for the calibration windows.
         device: where it runs.
-        files: what the closed form left, one file per block.
+        files: the factors that the closed form left, one file per block.
+        rounded: rounded weights and their factors, likewise; none where nothing is rounded.
     """
 
     def __init__(
@@ -64,12 +79,13 @@ class RefinementRun:
         captured: Path,
         device: torch.device,
         files: Sequence[Path],
+        rounded: Sequence[Path],
         settings: Settings,
         seed: int,
         store: LayerStore,
     ) -> None:
         self.prepared, self.calibrate, self.captured = prepared, calibrate, captured
-        self.device, self.files = device, files
+        self.device, self.files, self.rounded = device, files, rounded
         self.settings, self.seed, self.store = settings, seed, store
         self.curve: list[Point] = []
 
@@ -92,28 +108,32 @@ class RefinementRun:
             self,
             read_json(self.prepared / "prepare.json")["model_sha256"],
             [tokens[part]["tokens_sha256"] for part in ("calibration", "validation")],
-            [sha256_file(file) for file in self.files],
+            [sha256_file(file) for file in [*self.files, *self.rounded]],
             self.settings,
             self.seed,
             str(self.device),
         )
 
     def __call__(self, folder: Path) -> None:
-        """Train, and write one file of factors per block, the curve and a summary into ``folder``."""
+        """Train, and write what was read as it is then, VECTORS, the curve and a summary into ``folder``."""
         settings = self.settings
         windows = load_windows(self.calibrate / "calibration.parquet")[:, : settings.seq_len]
         validation = load_windows(self.calibrate / "validation.parquet")
         student = load_model(self.prepared, self.device)
         if settings.checkpointing:
             checkpoint_blocks(student)
-        run = FactorTraining(
+        rounded = {name: pair for file in self.rounded for name, pair in read_rounded(file).items()}
+        run = StoredTraining(
             student,
             attach_factors(student, read_factors(*self.files)),
+            attach_rounded(student, rounded),
             windows,
             last_hidden(self.captured, settings.seq_len),
             steps=settings.steps,
             batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
+            learning_rates=LearningRates(
+                settings.learning_rate, settings.scale_learning_rate, settings.vector_learning_rate
+            ),
             kl_weight=settings.kl_weight,
             seed=self.seed,
         )
@@ -130,13 +150,13 @@ class RefinementRun:
                     progress.update()
                 self._measure(run, validation)
                 self._keep(run)
-        self._write(folder)
+        self._write(run, folder)
 
     def clear(self) -> None:
         """Drop what only an unfinished run needs: once the result is in the store, not before."""
         self._snapshots.clear()
 
-    def _measure(self, run: FactorTraining, validation: Tensor) -> None:
+    def _measure(self, run: StoredTraining, validation: Tensor) -> None:
         """Add the validation loss to the newest point of the curve."""
         measured = math.log(perplexity(run.model, validation)["perplexity"])
         self.curve[-1] = replace(self.curve[-1], validation_loss=measured)
@@ -155,25 +175,23 @@ class RefinementRun:
         worn = len(losses) - 1 - losses.index(min(losses)) >= self.settings.patience
         return worn or step >= self.settings.steps
 
-    def _keep(self, run: FactorTraining) -> None:
-        """Put the run into the store, the best factors beside it, and drop what was there before."""
+    def _keep(self, run: StoredTraining) -> None:
+        """Put the run into the store, its best state beside it, and drop what was there before."""
         before = self._snapshots.path(self._measured()[-2][0])
 
         def write(folder: Path) -> None:
             # an ended run goes on no more; one by one, because save_file copies what it writes
             for part, tensors in () if self._ended(run.step) else run.state().items():
-                save_file(
-                    {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{part}.safetensors"
-                )
+                _save(tensors, folder / f"{part}.safetensors")
             if self._best() == run.step:
-                write_factors(folder / BEST, run.factors())
+                _save(run.state()["parameter"], folder / BEST)
             elif (before / BEST).exists():
                 shutil.copyfile(before / BEST, folder / BEST)
             write_json(folder / "curve.json", [asdict(point) for point in self.curve])
 
         self._snapshots.keep(run.step, write)
 
-    def _resume(self, run: FactorTraining) -> None:
+    def _resume(self, run: StoredTraining) -> None:
         """Go on from the newest snapshot, if there is one."""
         if newest := self._snapshots.newest():
             step, entry = newest
@@ -184,15 +202,26 @@ class RefinementRun:
                 run.restore({part: load_file(entry / f"{part}.safetensors") for part in PARTS}, step)
             say(f"update_weights: refinement: goes on after step {step} of {self.settings.steps}")
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, run: StoredTraining, folder: Path) -> None:
         kept = self._best()
-        best = read_factors(self._snapshots.path(self.curve[-1].step) / BEST) if kept else None
+        (folder / ROUNDED_FOLDER).mkdir()
+        if kept:
+            run.set(load_file(self._snapshots.path(self.curve[-1].step) / BEST))
+            _save(run.vectors(), folder / VECTORS)
+            factors, rounded = run.factors(), run.rounded()
         for file in self.files:
             began = read_factors(file)
-            write_factors(folder / file.name, {name: best[name] for name in began} if best else began)
+            write_factors(folder / file.name, {name: factors[name] for name in began} if kept else began)
+        for file in self.rounded:
+            read = read_rounded(file)
+            write_rounded(folder / ROUNDED_FOLDER / file.name, {name: rounded[name] for name in read} if kept else read)
         write_curve(folder / CURVE, self.curve)
         losses = [loss for _, loss in self._measured()]
         write_json(folder / SUMMARY, {"steps": kept, "before": losses[0], "after": min(losses)})
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
 
 def write_curve(path: Path, curve: Sequence[Point]) -> None:

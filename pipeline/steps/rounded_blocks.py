@@ -1,7 +1,8 @@
 """Rounded weights of every block, computed once for all ratios: `train_ranks` weighs them, `update_weights` takes them.
 
-They lie in the layer store alone, one file per block and number of bits: LINEAR.values, LINEAR.scale, LINEAR.sigma (the
-spectrum of what rounding lost) and, for the first directions of it, LINEAR.left and LINEAR.right.
+They lie in the layer store alone, one file per block and grid: LINEAR.values, LINEAR.scale and LINEAR.sigma, whose
+squares sum to what rounding lost. Where an alternative corrects it by factors, LINEAR.sigma is its spectrum, and
+LINEAR.left and LINEAR.right are its first directions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,10 +24,11 @@ from spectrim.checkpoint.layout import Matrix
 from spectrim.compression import statistics
 from spectrim.errors import NumericalError
 from spectrim.maths import residual as rounding
-from spectrim.maths.budget import RESIDUAL, ROUNDED, Format
+from spectrim.maths.budget import RESIDUAL, ROUNDED, Format, fills_bytes
+from spectrim.maths.compensation import compensated
 from spectrim.maths.lowrank import Factors, truncate
 from spectrim.maths.quantization import Quantized
-from spectrim.maths.storage_formats import group_size
+from spectrim.maths.storage_formats import Grid
 from spectrim.models import blocks
 
 SHARE = 4  # residual factors have at most this part of the full rank: beyond it they cost more than twice the bits
@@ -37,15 +39,14 @@ def largest_rank(shape: tuple[int, int]) -> int:
     return min(shape) // SHARE
 
 
-def rounded_blocks(params: Params, formats: Iterable[Format], device: torch.device) -> dict[int, list[Path]]:
-    """Number of bits -> the store's file of every block, for those that ``formats`` need."""
-    found: dict[int, list[Path]] = {}
-    for n_bits in sorted({ROUNDED[format] for format in formats if format in ROUNDED}):
-        found[n_bits] = _blocks(params, n_bits, device)
-    return found
+def rounded_blocks(params: Params, formats: Iterable[Format], device: torch.device) -> dict[Grid, list[Path]]:
+    """Grid -> the store's file of every block, for those that ``formats`` need."""
+    corrected = {ROUNDED[format] for format in params.compression.alternatives if format in RESIDUAL}
+    wanted = sorted({ROUNDED[format] for format in formats if format in ROUNDED}, key=str)
+    return {grid: _blocks(params, grid, grid in corrected, device) for grid in wanted}
 
 
-def _blocks(params: Params, n_bits: int, device: torch.device) -> list[Path]:
+def _blocks(params: Params, grid: Grid, corrected: bool, device: torch.device) -> list[Path]:
     settings = params.capture
     model = blocks.BlockModel(artifact("prepare"), device, tuple(params.compression.exclude))
     weights = read_json(artifact("prepare") / "prepare.json")["model_sha256"]
@@ -54,16 +55,18 @@ def _blocks(params: Params, n_bits: int, device: torch.device) -> list[Path]:
     for index, block in enumerate(model.names):
         moments = [artifact("capture") / kind / f"{index:03}.safetensors" for kind in ("inputs", "gradients")]
         identity = (weights, [sha256_file(file) for file in moments], settings.damping, settings.max_damping)
-        compute = partial(_write, model, index, n_bits, tokens, settings.damping, settings.max_damping)
-        tasks.append(keyed("rounding", block, compute, n_bits, list(tokens), str(device), *identity))
-    entries = run_layers(f"rounding to int{n_bits}", tasks, params.runtime, LayerStore())
+        compute = partial(_write, model, index, grid, corrected, tokens, settings.damping, settings.max_damping)
+        tasks.append(keyed("rounding", block, compute, list(grid), corrected, list(tokens), str(device), *identity))
+    name = f"int{grid.n_bits}" + (f" in groups of {grid.group}" if grid.group else "")
+    entries = run_layers(f"rounding to {name}", tasks, params.runtime, LayerStore())
     return [entries[block] / f"{index:03}.safetensors" for index, block in enumerate(model.names)]
 
 
 def _write(
     model: blocks.BlockModel,
     index: int,
-    n_bits: int,
+    grid: Grid,
+    corrected: bool,
     tokens: Tokens,
     damping: float,
     max_damping: float,
@@ -71,27 +74,38 @@ def _write(
 ) -> None:
     captured, tensors = artifact("capture"), dict[str, Tensor]()
     for name, weight in model.weights(index).items():
-        if weight.shape[1] % 2:
-            continue  # no int4 of an odd number of inputs
+        if not fills_bytes(grid, weight.shape[1]):
+            continue
         gram = statistics.gram_of(captured, index, name).to(model.device) / tokens.inputs
         gradient_gram = statistics.gradient_gram_of(captured, index, name).to(model.device) / tokens.gradients
         try:
-            quantized, residual = rounding.rounded(weight, gram, gradient_gram, n_bits, damping, max_damping)
+            tensors |= _rounded(name, weight, gram, gradient_gram, grid, (damping, max_damping) if corrected else None)
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from None
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / f"{index:03}.safetensors")
+
+
+def _rounded(
+    name: str, weight: Tensor, gram: Tensor, gradient_gram: Tensor, grid: Grid, damping: tuple[float, float] | None
+) -> dict[str, Tensor]:
+    """What the file says of one linear; with ``damping`` what rounding lost is decomposed, else it is one number."""
+    if damping is None:
+        quantized = compensated(weight, gram, grid)
+        loss = rounding.lost(weight, quantized, gram, gradient_gram)
+        correction = {f"{name}.sigma": torch.tensor([loss], dtype=torch.float64).sqrt()}
+    else:
+        quantized, residual = rounding.rounded(weight, gram, gradient_gram, grid, *damping)
         factors = truncate(residual, max(1, largest_rank((weight.shape[0], weight.shape[1]))))
-        tensors |= {
-            f"{name}.values": quantized.values,
-            f"{name}.scale": quantized.scale,
+        correction = {
             f"{name}.sigma": residual.sigma,
             f"{name}.left": factors.left.float(),
             f"{name}.right": factors.right.float(),
         }
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / f"{index:03}.safetensors")
+    return {f"{name}.values": quantized.values, f"{name}.scale": quantized.scale, **correction}
 
 
 def spectra(files: Iterable[Path]) -> dict[str, Tensor]:
-    """Linear -> the spectrum of what rounding lost."""
+    """Linear -> LINEAR.sigma."""
     found: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
@@ -100,25 +114,36 @@ def spectra(files: Iterable[Path]) -> dict[str, Tensor]:
     return found
 
 
-def write(files: Mapping[int, Sequence[Path]], matrices: Mapping[str, Matrix], folder: Path) -> None:
-    """Write into ``folder`` one file per block with those of ``matrices`` that are rounded, their factors cut.
+def chosen(
+    files: Mapping[Grid, Sequence[Path]], matrices: Mapping[str, Matrix], params: Params, store: LayerStore
+) -> list[Path]:
+    """One file per block with those of ``matrices`` that are rounded, their factors cut; none where none is rounded.
 
     Args:
-        files: number of bits -> the file of every block.
-        matrices: every linear; ``folder`` is not made where none is rounded.
+        files: grid -> the file of every block.
+        matrices: every linear.
     """
+    if not files:
+        return []
+    read = {str(grid): [file.parent.name for file in of_grid] for grid, of_grid in files.items()}
+    listed = {name: list(matrix) for name, matrix in matrices.items()}
+    task = keyed("update_weights", "rounded weights", partial(_write_chosen, files, matrices), read, listed)
+    entries = run_layers("rounded weights", [task], params.runtime, store)
+    return sorted(entries["rounded weights"].glob("*.safetensors"))
+
+
+def _write_chosen(files: Mapping[Grid, Sequence[Path]], matrices: Mapping[str, Matrix], folder: Path) -> None:
     for of_block in zip(*files.values(), strict=True):
-        by_bits = dict(zip(files, of_block, strict=True))
+        by_grid = dict(zip(files, of_block, strict=True))
         wanted = {name: matrices[name] for name in spectra(of_block) if matrices[name].format in ROUNDED}
-        folder.mkdir(exist_ok=True)
-        write_rounded(folder / of_block[0].name, {name: _cut(by_bits, name, *wanted[name]) for name in wanted})
+        write_rounded(folder / of_block[0].name, {name: _cut(by_grid, name, *wanted[name]) for name in wanted})
 
 
-def _cut(files: Mapping[int, Path], name: str, format: Format, rank: int) -> tuple[Quantized, Factors | None]:
+def _cut(files: Mapping[Grid, Path], name: str, format: Format, rank: int) -> tuple[Quantized, Factors | None]:
     """A rounded weight, with the factors of its rank where its format has some."""
     with safe_open(files[ROUNDED[format]], framework="pt") as opened:
         values, scale = (opened.get_tensor(f"{name}.{part}") for part in ("values", "scale"))
-        weight = Quantized(values, scale, None, group_size(ROUNDED[format], values.shape[1]))
+        weight = Quantized(values, scale, None, ROUNDED[format].group_size(values.shape[1]))
         if format not in RESIDUAL:
             return weight, None
         return weight, Factors(opened.get_tensor(f"{name}.left")[:, :rank], opened.get_tensor(f"{name}.right")[:rank])

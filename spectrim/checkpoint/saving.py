@@ -44,6 +44,7 @@ def assemble(
     provenance: Mapping[str, Any],
     max_shard_size: str = "2GB",
     skip: Iterable[str] = (),
+    refined: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint of the dense model in ``source`` with ``matrices`` replaced into the folder ``destination``.
 
@@ -58,15 +59,21 @@ def assemble(
         provenance: JSON-able facts about sources, parameters and code, recorded in spectrim.json.
         max_shard_size: such as ``2GB``.
         skip: names of files in ``source`` that are not part of the model.
+        refined: other tensors of the model, by name, in place of those in ``source``; stored in their dtype there.
 
     Returns:
         what ``read_bytes`` measures on the written files.
 
     Raises:
-        CheckpointError: a matrix is not in ``source``, its tensors are not those of its format, or the size is no size.
+        CheckpointError: a matrix or a refined tensor is not in ``source``, the tensors of a matrix are not those of its
+            format, or the size is no size.
     """
     half = half_dtype(source)
     tensors = {name: read_tensor(entry, name) for name, entry in headers(weight_files(source)).items()}
+    for name, tensor in (refined or {}).items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise CheckpointError(f"{name} {tuple(tensor.shape)}: not in {source}; rebuild it")
+        tensors[name] = tensor.to(tensors[name].dtype)
     stored: dict[str, Packed] = {}
     for name, matrix in matrices.items():
         if f"{name}.weight" not in tensors:

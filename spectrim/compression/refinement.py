@@ -1,11 +1,13 @@
-"""Factors trained until the compressed model predicts what the dense model predicts.
+"""Whatever is stored, trained until the compressed model predicts what the dense model predicts.
 
-    min over the factors of  Σ_t [ λ KL(p_t ‖ q_t) + (1 − λ) (−log q_t[x_{t+1}]) ]
+    min over factors, scales, norms and biases of  Σ_t [ λ KL(p_t ‖ q_t) + (1 − λ) (−log q_t[x_{t+1}]) ]
 
 p_t and q_t are the next-token distributions of the dense and of the compressed model on the calibration windows, λ the
-``kl_weight``. Everything but the factors stays as it is: norms, embeddings, biases and the matrices left dense. The
-closed form starts it, AdamW with a linear warm-up and a cosine descent ends it. What the next step depends on is in
-``FactorTraining.state``, so that a run may be killed and continued with the same bits.
+``kl_weight``. Trained are the factors of a truncated matrix, the scales of a rounded one and the factors of what
+rounding lost, and the vectors of the blocks: norms and biases. Integers, embeddings, the head with its norm, and the
+matrices left dense stay as they are. The closed form starts it, AdamW with a linear warm-up and a cosine descent ends
+it. What the next step depends on is in ``StoredTraining.state``, so that a run may be killed and continued with the
+same bits.
 
 Source: distillation, Hinton et al. 2015, arXiv:1503.02531; on the factors of a truncated model, AA-SVD 2026,
 arXiv:2604.02119.
@@ -16,32 +18,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spectrim.compression.rounded_training import RoundedTraining
 from spectrim.errors import NumericalError
 from spectrim.formats.lowrank_linear import LowRankLinear
 from spectrim.maths.losses import divergence, token_loss
 from spectrim.maths.lowrank import Factors
-from spectrim.maths.quantization import balance
+from spectrim.maths.quantization import Quantized, balance
 from spectrim.maths.sampling import in_rounds
 from spectrim.maths.schedule import BETAS, course
 from spectrim.models.blocks import logits
-from spectrim.models.modules import decoder_blocks, replace
+from spectrim.models.modules import block_vectors, decoder_blocks, replace
 
 if TYPE_CHECKING:  # importing it takes seconds, and a result of the store needs no model
     from transformers import PreTrainedModel
 
-CLIP = 1.0  # norm of the gradient over all factors
+CLIP = 1.0  # norm of the gradient over all that has one learning rate
 PARTS = ("parameter", "mean", "square")  # of a run's state
 POSITIONS = 128  # whose predictions are in memory at once: a vocabulary is 100 times as wide as the hidden states
 
 
 def attach_factors(model: nn.Module, factors: Mapping[str, Factors]) -> dict[str, LowRankLinear]:
-    """Put float32 factors in the place of the linears of their names; only they can be trained afterwards.
+    """Put float32 factors in the place of the linears of their names.
 
     The norm of each direction is shared by both factors first, so that one learning rate suits both.
 
@@ -49,16 +52,38 @@ def attach_factors(model: nn.Module, factors: Mapping[str, Factors]) -> dict[str
         model: changed in place.
         factors: linear name -> left (out, rank), right (rank, in).
     """
-    model.requires_grad_(False)
     modules = {}
     for name, pair in factors.items():
         linear: Any = model.get_submodule(name)
         even = balance(Factors(*(part.to(linear.weight.device, torch.float32) for part in pair)))
         modules[name] = LowRankLinear.from_factors(even, linear.bias)
-        if (bias := modules[name].bias) is not None:
-            bias.requires_grad_(False)
         replace(model, name, modules[name])
     return modules
+
+
+def attach_rounded(
+    model: nn.Module, rounded: Mapping[str, tuple[Quantized, Factors | None]]
+) -> dict[str, RoundedTraining]:
+    """Put rounded weights in the place of the linears of their names, with the factors of what rounding lost.
+
+    Args:
+        model: changed in place.
+        rounded: linear name -> values (out, in) and scale, and left (out, rank), right (rank, in) or None.
+    """
+    modules = {}
+    for name, (weight, residual) in rounded.items():
+        linear: Any = model.get_submodule(name)
+        modules[name] = RoundedTraining(weight, residual, linear.bias).to(linear.weight.device)
+        replace(model, name, modules[name])
+    return modules
+
+
+class LearningRates(NamedTuple):
+    """Peaks: of factors with even norms, of scales relative to their size, of norms and biases (0: they stay)."""
+
+    factors: float
+    scales: float
+    vectors: float
 
 
 def checkpoint_blocks(model: PreTrainedModel) -> None:
@@ -70,17 +95,17 @@ def checkpoint_blocks(model: PreTrainedModel) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-class FactorTraining:
-    """A training run over the factors of ``model``; ``advance`` takes one step, ``state`` is all it depends on.
+class StoredTraining:
+    """A training run over what is stored of ``model``; ``advance`` takes one step, ``state`` is all it depends on.
 
     Args:
-        model: with its factors attached. Its head is the dense model's too, since refinement leaves it as it is.
-        modules: linear name -> its module, as ``attach_factors`` returns them.
+        model: with what is trained attached. Its head is the dense model's too, since refinement leaves it as it is.
+        factored, rounded: linear name -> its module, as ``attach_factors`` and ``attach_rounded`` return them.
         windows: (windows, seq) int64; each step takes ``batch_size`` of them in a seeded order, every window once
             before any comes again.
         expected: what leaves the dense model's last block for them, (windows, seq, hidden).
         steps: of the whole run; the learning rate's course depends on it.
-        learning_rate: its peak, for factors with even norms.
+        learning_rates: their peaks.
         kl_weight: λ; 1 learns from the dense model alone, 0 from the text alone.
         seed: of the order of the windows.
     """
@@ -88,29 +113,33 @@ class FactorTraining:
     def __init__(
         self,
         model: PreTrainedModel,
-        modules: Mapping[str, LowRankLinear],
+        factored: Mapping[str, LowRankLinear],
+        rounded: Mapping[str, RoundedTraining],
         windows: Tensor,
         expected: Tensor,
         *,
         steps: int,
         batch_size: int,
-        learning_rate: float,
+        learning_rates: LearningRates,
         kl_weight: float,
         seed: int,
     ) -> None:
         self.model, self.windows, self.expected = model, windows, expected
         self.steps, self.batch_size, self.kl_weight = steps, batch_size, kl_weight
         self.step = 0
-        self.parameters = {
-            f"{name}.{side}": parameter
-            for name, module in modules.items()
-            for side, parameter in (("left", module.left), ("weight", module.weight))
-        }
+        self._factored, self._rounded = factored, rounded
+        groups = self._groups(learning_rates)
+        self.parameters = {name: part for parts, _ in groups for name, part in parts.items()}
+        model.requires_grad_(False)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
         self._blocks = decoder_blocks(model)[1]
         self._optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=learning_rate, betas=BETAS, weight_decay=0.0, fused=True
+            [{"params": list(parts.values()), "lr": rate, "peak": rate} for parts, rate in groups],
+            betas=BETAS,
+            weight_decay=0.0,
+            fused=True,
         )
-        self._peak = learning_rate
         self._order = in_rounds(len(windows), steps * batch_size, seed)
 
     def advance(self) -> float:
@@ -129,9 +158,9 @@ class FactorTraining:
         if not math.isfinite(loss):
             raise NumericalError(f"refinement step {self.step}: the loss is {loss}; lower refinement.learning_rate")
         hidden.backward(gradient)
-        nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._peak * course(self.step, self.steps)
+            nn.utils.clip_grad_norm_(group["params"], CLIP)
+            group["lr"] = group["peak"] * course(self.step, self.steps)
         self._optimizer.step()
         self.step += 1
         return loss
@@ -168,7 +197,7 @@ class FactorTraining:
         return total, leaf.grad
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """PARTS -> factor's name -> tensor on the CPU: the factors, and AdamW's moments, which step 0 does not have.
+        """PARTS -> name -> tensor on the CPU: the parameters, and AdamW's moments, which step 0 does not have.
 
         They are the run's own tensors where it is on the CPU: save or copy them before the next step.
         """
@@ -182,9 +211,8 @@ class FactorTraining:
     def restore(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Go on after ``step`` steps from what ``state`` returned then."""
         self.step = step
+        self.set(state["parameter"])
         for name, parameter in self.parameters.items():
-            with torch.no_grad():
-                parameter.copy_(state["parameter"][name])
             if step:
                 self._optimizer.state[parameter] = {
                     "step": torch.tensor(float(step), device=parameter.device),
@@ -193,11 +221,40 @@ class FactorTraining:
                     "exp_avg_sq": torch.empty_like(parameter, requires_grad=False).copy_(state["square"][name]),
                 }
 
+    def set(self, values: Mapping[str, Tensor]) -> None:
+        """Give the trained parameters the values that ``state`` had for "parameter"."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(values[name])
+
     def factors(self) -> dict[str, Factors]:
         """The factors as they are now: linear name -> left (out, rank), right (rank, in), float32, on the CPU."""
-        names = dict.fromkeys(name.rpartition(".")[0] for name in self.parameters)
-        sides = {name: value.detach().cpu() for name, value in self.parameters.items()}
-        return {name: Factors(sides[f"{name}.left"], sides[f"{name}.weight"].mT) for name in names}
+        return {
+            name: Factors(module.left.detach().cpu(), module.weight.detach().cpu().mT)
+            for name, module in self._factored.items()
+        }
+
+    def rounded(self) -> dict[str, tuple[Quantized, Factors | None]]:
+        """The rounded weights as they are now, and their factors; on the CPU."""
+        return {name: module.stored() for name, module in self._rounded.items()}
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Norms and biases as they are now, by their names in the model; on the CPU."""
+        return {name: part.detach().cpu() for name, part in self._vectors.items()}
+
+    def _groups(self, rates: LearningRates) -> list[tuple[dict[str, nn.Parameter], float]]:
+        """Name -> parameter of all that has one learning rate, and that rate."""
+        factors = {
+            f"{name}.{side}": getattr(module, side)
+            for name, module in self._factored.items()
+            for side in ("left", "weight")
+        }
+        trained = {f"{name}.{part}": value for name, m in self._rounded.items() for part, value in m.trained().items()}
+        scales = {name: value for name, value in trained.items() if name.endswith(".change")}
+        factors |= {name: value for name, value in trained.items() if name not in scales}
+        self._vectors = block_vectors(self.model) if rates.vectors else {}
+        found = [(factors, rates.factors), (scales, rates.scales), (self._vectors, rates.vectors)]
+        return [(parts, rate) for parts, rate in found if parts]
 
 
 def leaving(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, bool]:

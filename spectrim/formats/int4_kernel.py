@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from spectrim.errors import ModelError
 from spectrim.formats.products import CAPABILITY, STEP
-from spectrim.maths.quantization import pack_int4, unpack_int4
+from spectrim.maths.quantization import pack, unpack
 
 GROUPS = (32, 64, 128, 256)
 """Inputs per scale that the kernel takes."""
@@ -44,7 +44,7 @@ def suits(weight: Tensor, dtype: torch.dtype | None) -> bool:
 
 def kernel_order(weight: Tensor) -> Tensor:
     """``weight`` (out, groups, g / 2) uint8 as in a file -> (out, in / 2) uint8 as the kernel reads it."""
-    values = unpack_int4(weight, 2 * weight.shape[2]).flatten(1)
+    values = unpack(weight, 4).flatten(1)
     return _reordered(values.int() + 8)
 
 
@@ -58,7 +58,7 @@ def file_order(weight: Tensor, groups: int) -> Tensor:
     whole = out - out % BLOCK
     parts = [part for part in (ordered[:whole], ordered[whole:]) if len(part)]
     found = torch.cat([_in_place(part, min(len(part), BLOCK)) for part in parts])
-    restored = pack_int4(found.view(out, groups, -1))
+    restored = pack(found.view(out, groups, -1), 4)
     if not torch.equal(kernel_order(restored), ordered):
         raise ModelError(
             f"a four-bit weight {tuple(weight.shape)} cannot be brought back into a file's order on this processor "

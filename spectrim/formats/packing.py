@@ -8,12 +8,13 @@ from torch import Tensor
 
 from spectrim.errors import CheckpointError
 from spectrim.formats.stored_linear import stored_tensors
+from spectrim.maths import quantization
 from spectrim.maths.budget import Format
 from spectrim.maths.factor_rounding import round_factors
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.pivoting import pivot
-from spectrim.maths.quantization import Quantized, balance, pack_int4, principal
-from spectrim.maths.storage_formats import FORMATS, StorageFormat, group_size
+from spectrim.maths.quantization import Quantized, balance, principal
+from spectrim.maths.storage_formats import FORMATS, StorageFormat
 
 PIVOTING = ("condition", "exchanges")
 """What ``maths.pivoting.Pivoted`` has to say of a choice of rows."""
@@ -63,7 +64,7 @@ def pack_rounded(
     """A rounded weight in ``format``, with factors of what rounding lost if it has them.
 
     Args:
-        rounded: symmetric, of the format's bits, in groups of ``group_size``.
+        rounded: symmetric, of the format's bits, in groups of the format's grid.
         residual: left (out, rank), right (rank, in).
         dtype: 16-bit dtype of factors that are not int8.
 
@@ -71,15 +72,18 @@ def pack_rounded(
         CheckpointError: the groups are not the format's, or it has factors and there are none.
     """
     chosen = FORMATS[format]
-    assert chosen.n_bits is not None
-    size = group_size(chosen.n_bits, rounded.values.shape[1])
+    assert chosen.grid is not None
+    size = chosen.grid.group_size(rounded.values.shape[1])
     if rounded.group_size != size or (residual is None) == chosen.has_factors:
         raise CheckpointError(
             f"{format} of {rounded.values.shape[1]} inputs: groups of {rounded.group_size} and "
             f"{'no ' if residual is None else ''}factors; required: groups of {size}, factors in *_residual alone"
         )
     values = rounded.values.unflatten(1, (-1, size))
-    packed = {"weight": pack_int4(values) if chosen.n_bits == 4 else values, "weight_scale": rounded.scale}
+    packed = {
+        "weight": values if chosen.grid.n_bits == 8 else quantization.pack(values, chosen.grid.n_bits),
+        "weight_scale": rounded.scale,
+    }
     if residual is None:
         return Packed(packed)
     return Packed(packed | _sides(_even(residual, chosen), "right", dtype, _int8_rows(format, residual)))

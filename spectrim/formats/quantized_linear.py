@@ -12,7 +12,8 @@ from spectrim.formats.int4_kernel import file_order, int4_product, kernel_order,
 from spectrim.formats.products import product, suits_kernels
 from spectrim.formats.stored_linear import StoredLinear, expanded
 from spectrim.maths.budget import ROUNDED
-from spectrim.maths.quantization import unpack_int4
+from spectrim.maths.quantization import unpack
+from spectrim.maths.storage_formats import Grid
 
 
 class QuantizedLinear(StoredLinear):
@@ -34,6 +35,11 @@ class QuantizedLinear(StoredLinear):
     input_dtype: torch.dtype | None = None  # of the inputs to come
 
     @property
+    def grid(self) -> Grid:
+        """Of the integers."""
+        return ROUNDED[self.format]
+
+    @property
     def reordered(self) -> bool:
         """Whether ``weight`` lies as the kernel reads it."""
         return self.weight.dtype == torch.uint8 and self.weight.dim() == 2
@@ -52,7 +58,7 @@ class QuantizedLinear(StoredLinear):
     def lay_out(self, dtype: torch.dtype | None = None) -> None:
         super().lay_out(dtype)
         self.input_dtype = dtype
-        if self.weight.dtype == torch.uint8 and not self.reordered and suits(self.weight, dtype):
+        if self.grid.n_bits == 4 and not self.reordered and suits(self.weight, dtype):
             self.weight.data = kernel_order(self.weight.data)
 
     def dense_weight(self) -> Tensor:
@@ -72,7 +78,7 @@ class QuantizedLinear(StoredLinear):
         """Q (out, in) in ``dtype``."""
         values = self._in_file_order()
         if values.dtype == torch.uint8:
-            values = unpack_int4(values, 2 * values.shape[-1])
+            values = unpack(values, self.grid.n_bits)
         return (values.to(dtype) * self.weight_scale.to(dtype).unsqueeze(-1)).flatten(1)
 
     def _in_file_order(self) -> Tensor:

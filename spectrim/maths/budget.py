@@ -9,9 +9,10 @@ factors would cost as much as the dense weight or more is stored dense. The rati
 from bisect import bisect_left
 from collections.abc import Iterable
 from fractions import Fraction
+from math import gcd
 
 from spectrim.errors import BudgetError
-from spectrim.maths.storage_formats import FORMATS, Shape, named
+from spectrim.maths.storage_formats import FORMATS, Grid, Shape, named
 
 Format = str
 """The name of a storage format, one of FORMATS."""
@@ -22,8 +23,8 @@ FACTORED: tuple[Format, ...] = tuple(named(lambda format: format.factored))
 INT8_FACTORS: tuple[Format, ...] = tuple(named(lambda format: format.needs_gram))
 """Those of them whose factors are int8, in whole or in part."""
 
-ROUNDED: dict[Format, int] = {name: format.n_bits for name, format in FORMATS.items() if format.n_bits is not None}
-"""The formats that hold a rounded weight, and its bits."""
+ROUNDED: dict[Format, Grid] = {name: format.grid for name, format in FORMATS.items() if format.grid is not None}
+"""The formats that hold a rounded weight, and its grid."""
 
 RESIDUAL: tuple[Format, ...] = tuple(name for name in ROUNDED if FORMATS[name].has_factors)
 """Those of them with factors of W minus its rounded weight."""
@@ -46,13 +47,19 @@ def matrix_bytes(format: Format, out: int, in_: int, rank: float) -> int:
     if format not in FORMATS:
         raise BudgetError(f"format {format!r} is none of {', '.join(FORMATS)}")
     chosen = FORMATS[format]
-    if chosen.n_bits is not None and chosen.n_bits * in_ % 8:
+    if chosen.grid is not None and not fills_bytes(chosen.grid, in_):
         raise BudgetError(
-            f"int{chosen.n_bits} of a ({out}, {in_}) matrix: an even number of inputs is required; keep it dense"
+            f"int{chosen.grid.n_bits} of a ({out}, {in_}) matrix: to fill whole bytes, a number of inputs is required "
+            f"that {8 // gcd(8, chosen.grid.n_bits)} divides; keep it dense"
         )
     if chosen.has_factors and not 0 < rank <= min(out, in_):
         raise BudgetError(f"rank {rank} of a ({out}, {in_}) matrix; it must lie in [1, {min(out, in_)}]")
     return chosen.n_bytes(out, in_, rank)
+
+
+def fills_bytes(grid: Grid, in_: int) -> bool:
+    """Whether the integers of a row of ``in_`` inputs fill whole bytes."""
+    return grid.n_bits * in_ % 8 == 0
 
 
 def resolve_format(format: Format, out: int, in_: int, rank: int) -> Format:

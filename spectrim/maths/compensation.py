@@ -3,8 +3,10 @@
     min over Q on the grid of  ‖(W − Q) S‖_F,  S Sᵀ = G + δ·mean(diag G)·I
 
 greedily, one input after the other: with U upper triangular, UᵀU = (S Sᵀ)⁻¹, the error of input j is spread over the
-inputs after it, w_k ← w_k − (w_j − q_j) U_jk / U_jj for k > j, which minimises the output error once q_j stands. A
-group's scales are those of its weights when its turn comes. With a diagonal Gram this is rounding to the nearest.
+inputs after it, w_k ← w_k − (w_j − q_j) U_jk / U_jj for k > j, which minimises the output error once q_j stands. Inputs
+come in falling order of G_jj, so that those that cost most meet the least error of others; each keeps the scale of the
+group it has in the file. Scales are those of the weight as it was (scale_search.py): error feedback moves what is left
+to be rounded, and a scale that follows it grows with every group. With a diagonal Gram this is rounding to the nearest.
 
 Source: GPTQ, Frantar et al. 2022, arXiv:2210.17323.
 """
@@ -13,8 +15,10 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import NumericalError
-from spectrim.maths.quantization import Quantized, round_to_nearest
-from spectrim.maths.whitening import cholesky, require_finite
+from spectrim.maths.quantization import Quantized
+from spectrim.maths.scale_search import searched_scale
+from spectrim.maths.storage_formats import Grid
+from spectrim.maths.whitening import cholesky, damped, require_finite, weighing
 
 BLOCK = 64
 """Inputs whose corrections are applied at once to all inputs after them."""
@@ -23,59 +27,58 @@ BLOCK = 64
 def compensated(
     weight: Tensor,
     gram: Tensor,
-    n_bits: int,
-    group_size: int | None,
+    grid: Grid,
     damping: float = 1e-2,
     max_damping: float = 1e-1,
     scale: Tensor | None = None,
 ) -> Quantized:
-    """W ≈ q s, symmetric, one float16 scale per row and group of inputs, as ``round_to_nearest`` returns it.
+    """W ≈ q s, one float16 scale per row and group of inputs, as ``round_to_nearest`` returns it; s may be negative.
 
     float64, O(out in² + in³) time.
 
     Args:
         weight: W, (out, in).
         gram: G = XᵀX, (in, in).
-        n_bits: 2 to 8.
-        group_size: inputs per scale, None for the whole row; it must divide ``in``.
+        grid: 2 to 8 bits; its group must divide ``in``.
         damping, max_damping: first and largest relative damping of the Gram tried.
-        scale: (out, in / group_size), instead of that of each group's weights; it is returned in its own dtype.
+        scale: (out, in / group), instead of the searched one; it is returned in its own dtype.
 
     Raises:
-        NumericalError: W or G is not finite, shapes do not match, the Gram cannot be repaired, or ``group_size`` does
-            not divide ``in``.
+        NumericalError: W or G is not finite, shapes do not match, the Gram cannot be repaired, or the group does not
+            divide ``in``.
     """
     require_finite("weight", weight)
+    require_finite("gram", gram)
     rows, inputs = weight.shape
-    size = group_size or inputs
-    if gram.shape != (inputs, inputs) or inputs % size:
-        raise NumericalError(
-            f"weight {tuple(weight.shape)}, gram {tuple(gram.shape)}, groups of {size}: a gram ({inputs}, {inputs}) "
-            f"and groups that divide {inputs} are required"
-        )
-    lower, _ = cholesky(gram, damping, max_damping)
+    size = grid.group_size(inputs)
+    if gram.shape != (inputs, inputs):
+        raise NumericalError(f"weight {tuple(weight.shape)}, gram {tuple(gram.shape)}; required: ({inputs}, {inputs})")
+    if scale is None:
+        # damped, so that inputs that were silent in the windows keep their numbers, too
+        scale = searched_scale(weight, damped(weighing(gram.double()), damping).diagonal(), grid)
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    lower, _ = cholesky(gram[order][:, order], damping, max_damping)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    left = weight.double().clone()  # what is still to be rounded, corrected for what has been
-    values = torch.empty(rows, inputs, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(rows, inputs // size, dtype=torch.float16, device=weight.device) if scale is None else scale
-    stop = 0
-    while stop < inputs:
-        start, stop = stop, min(stop + BLOCK, stop - stop % size + size)  # never across a group's end
-        group = start // size
-        if scale is None and start % size == 0:
-            scales[:, group] = round_to_nearest(left[:, start : start + size], n_bits, None).scale[:, 0]
-        errors = _round_block(left, values, scales[:, group].double(), upper, start, stop, 2 ** (n_bits - 1) - 1)
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
-    return Quantized(values, scales, None, size)
+    left = weight.double().mT[order]  # what is still to be rounded, corrected for what has been; (in, out)
+    steps = scale.double().mT[order // size]
+    values = torch.empty(inputs, rows, dtype=torch.int8, device=weight.device)
+    for start in range(0, inputs, BLOCK):
+        stop = min(start + BLOCK, inputs)
+        errors = _round_block(left[start:stop], steps[start:stop], values[start:stop], upper[start:stop], start, grid)
+        left[stop:] -= upper[start:stop, stop:].mT @ errors
+    unordered = torch.empty_like(values)
+    unordered[order] = values
+    return Quantized(unordered.mT.contiguous(), scale, None, size)
 
 
-def _round_block(left: Tensor, values: Tensor, scale: Tensor, upper: Tensor, start: int, stop: int, top: int) -> Tensor:
-    """Round the inputs ``start``..``stop`` in turn; returns (w_j − q_j) / U_jj, (out, stop − start)."""
-    step = torch.where(scale > 0, scale, 1.0)  # a group of zeros stays zeros
-    errors = torch.empty(len(left), stop - start, dtype=left.dtype, device=left.device)
-    for at in range(start, stop):
-        rounded = (left[:, at] / step).round().clamp(-top, top)
-        values[:, at] = torch.where(scale > 0, rounded, 0.0).to(torch.int8)
-        errors[:, at - start] = (left[:, at] - values[:, at] * scale) / upper[at, at]
-        left[:, at + 1 : stop] -= errors[:, at - start, None] * upper[at, at + 1 : stop]
+def _round_block(left: Tensor, steps: Tensor, values: Tensor, upper: Tensor, start: int, grid: Grid) -> Tensor:
+    """Round some inputs in turn into ``values``; returns (w_j − q_j) / U_jj, (inputs, out)."""
+    errors = torch.empty_like(left)
+    divisors = torch.where(steps != 0, steps, torch.inf)  # a group of zeros stays zeros
+    for at in range(len(left)):
+        rounded = (left[at] / divisors[at]).round_().clamp_(*grid.ends)
+        values[at] = rounded
+        row = upper[at, start:]
+        torch.div(left[at] - rounded * steps[at], row[at], out=errors[at])
+        left[at + 1 :].addr_(row[at + 1 : len(left)], errors[at], alpha=-1)
     return errors

@@ -18,6 +18,7 @@ from spectrim.errors import NumericalError
 from spectrim.maths.compensation import compensated
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import dequantize_int8, quantize_int8
+from spectrim.maths.storage_formats import Grid
 from spectrim.maths.whitening import cholesky
 
 DAMPING, MAX_DAMPING = 1e-8, 1e-2
@@ -67,5 +68,5 @@ def round_factors(factors: Factors, heads: tuple[int, int], gram: Tensor | None 
     change = torch.cholesky_solve(((columns.double() - rounded).mT @ projected).mT, lower).mT
     refitted = left.double() + left.double() @ change
     row_scale = quantize_int8(refitted[: heads[0]], dim=0)[1]
-    done = compensated(refitted[: heads[0]], inner, 8, None, scale=row_scale[:, None])
+    done = compensated(refitted[: heads[0]], inner, Grid(8), scale=row_scale[:, None])
     return RoundedFactors(RoundedSide(done.values, row_scale, refitted[heads[0] :].to(left.dtype)), right)

@@ -49,7 +49,7 @@ def rounded_options(format: Format, sigma: Tensor, shape: Shape, align: int, lar
     """The rounded weight, or with factors of what rounding lost at every aligned rank up to ``largest``.
 
     Args:
-        sigma: (min(out, in),) of ``two_sided(W − Q)``.
+        sigma: (min(out, in),) of ``two_sided(W − Q)``; without factors, its norm (1,) will do.
     """
     tails = discarded(sigma.double().square())
     if format not in RESIDUAL:

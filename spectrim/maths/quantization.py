@@ -5,6 +5,7 @@ Asymmetric: q = round(x / s) + z in [0, 2^n_bits − 1], x ≈ (q − z) s, with
 A zero row has scale 0 and comes back as zeros.
 """
 
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -105,12 +106,12 @@ def round_to_nearest(weight: Tensor, n_bits: int, group_size: int | None, symmet
     grouped = padded.unflatten(1, (groups, size))  # (out, groups, size); a zero is in every range, so padding is free
     if symmetric:
         top = 2 ** (n_bits - 1) - 1
-        scale = _half(grouped.abs().amax(-1, keepdim=True) / top)
+        scale = half(grouped.abs().amax(-1, keepdim=True) / top)
         values = _nearest(grouped, scale, -top, top)
         return Quantized(values.flatten(1)[:, : weight.shape[1]], scale.squeeze(-1), None, size)
     top = 2**n_bits - 1
     low, high = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
-    scale = _half((high - low) / top)
+    scale = half((high - low) / top)
     zero_point = _divide(-low, scale).round().clamp(0, top)
     values = (_divide(grouped, scale).round() + zero_point).clamp(0, top).to(torch.uint8)
     zero_point = zero_point.squeeze(-1).to(torch.uint8)
@@ -133,22 +134,59 @@ def rounded_bytes(out: int, in_: int, n_bits: int, group_size: int | None, symme
     return out * -(-in_ * n_bits // 8) + 2 * out * groups + zero_points
 
 
-def pack_int4(values: Tensor) -> Tensor:
-    """Two's-complement nibbles, two per byte, the even column low: (..., n) int8 in [−8, 7] -> (..., ⌈n/2⌉) uint8.
+def half(values: Tensor) -> Tensor:
+    """Scales in float16: none but zero becomes zero, and none overflows.
 
     Raises:
-        NumericalError: a value does not fit into four bits.
+        NumericalError: a scale is beyond 65504.
     """
-    if values.numel() and not -8 <= int(values.min()) <= int(values.max()) <= 7:
-        raise NumericalError(f"int4 values lie in [-8, 7], found [{int(values.min())}, {int(values.max())}]")
-    nibbles = torch.nn.functional.pad(values.to(torch.int16), (0, values.shape[-1] % 2)) & 0xF
-    return (nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)).to(torch.uint8)
+    rounded = torch.where(values != 0, values.abs().half().clamp(min=2.0**-24) * values.sign(), 0.0).half()
+    if not bool(torch.isfinite(rounded).all()):
+        raise NumericalError(
+            f"a scale of {float(values.abs().max()):.3g} overflows float16 (65504); the weight is too large for it"
+        )
+    return rounded
 
 
-def unpack_int4(packed: Tensor, n: int) -> Tensor:
-    """The inverse of ``pack_int4``: (..., ⌈n/2⌉) uint8 -> (..., n) int8, bit for bit."""
-    nibbles = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)[..., :n].to(torch.int8)
-    return torch.where(nibbles > 7, nibbles - 16, nibbles)
+def pack(values: Tensor, n_bits: int) -> Tensor:
+    """Two's complement of ``n_bits`` bits each: int8 (..., n) -> uint8 (..., n_bits·n/8).
+
+    The first number is in the lowest bits. Two numbers fill a byte at 4 bits, eight fill three bytes at 3.
+
+    Raises:
+        NumericalError: a value does not fit, or n of them do not fill whole bytes.
+    """
+    low, high = -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
+    if values.numel() and not low <= int(values.min()) <= int(values.max()) <= high:
+        raise NumericalError(
+            f"int{n_bits} values lie in [{low}, {high}], found [{int(values.min())}, {int(values.max())}]"
+        )
+    count, n_bytes = _unit(n_bits)
+    if values.shape[-1] % count:
+        raise NumericalError(f"{values.shape[-1]} numbers of {n_bits} bits do not fill bytes; {count} fill {n_bytes}")
+    shifts = n_bits * torch.arange(count, dtype=torch.int64, device=values.device)
+    digits = (values.unflatten(-1, (-1, count)).long() & (2**n_bits - 1)) << shifts
+    whole = digits.sum(-1, keepdim=True, dtype=torch.int64)
+    return (whole >> 8 * torch.arange(n_bytes, dtype=torch.int64, device=values.device)).to(torch.uint8).flatten(-2)
+
+
+def unpack(packed: Tensor, n_bits: int) -> Tensor:
+    """The inverse of ``pack``, bit for bit: uint8 (..., n_bits·n/8) -> int8 (..., n)."""
+    if n_bits == 4:  # without wide integers in between
+        digits = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2).to(torch.int8)
+    else:
+        count, n_bytes = _unit(n_bits)
+        places = 8 * torch.arange(n_bytes, dtype=torch.int64, device=packed.device)
+        whole = (packed.unflatten(-1, (-1, n_bytes)).long() << places).sum(-1, keepdim=True, dtype=torch.int64)
+        shifts = n_bits * torch.arange(count, dtype=torch.int64, device=packed.device)
+        digits = (whole >> shifts & (2**n_bits - 1)).flatten(-2).to(torch.int8)
+    return torch.where(digits >= 2 ** (n_bits - 1), digits - 2**n_bits, digits)
+
+
+def _unit(n_bits: int) -> tuple[int, int]:
+    """The fewest numbers that fill whole bytes, and those bytes."""
+    count = 8 // gcd(8, n_bits)
+    return count, count * n_bits // 8
 
 
 def _nearest(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
@@ -158,13 +196,3 @@ def _nearest(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 def _divide(values: Tensor, scale: Tensor) -> Tensor:
     scale = scale.double()
     return torch.where(scale > 0, values / torch.where(scale > 0, scale, 1.0), 0.0)
-
-
-def _half(values: Tensor) -> Tensor:
-    """Non-negative scales in float16: a positive one stays positive, and none overflows."""
-    half = torch.where(values > 0, values.half().clamp(min=2.0**-24), 0.0).half()
-    if not bool(torch.isfinite(half).all()):
-        raise NumericalError(
-            f"a scale of {float(values.max()):.3g} overflows float16 (65504); the weight is too large for this baseline"
-        )
-    return half

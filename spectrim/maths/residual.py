@@ -12,12 +12,14 @@ arXiv:2410.06040 (both with the input's Gram alone).
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from spectrim.maths.compensation import compensated
 from spectrim.maths.lowrank import Decomposition, smaller_root, two_sided
 from spectrim.maths.quantization import Quantized, dequantize
-from spectrim.maths.storage_formats import group_size
+from spectrim.maths.storage_formats import Grid
+from spectrim.maths.whitening import weighing
 
 
 class Rounded(NamedTuple):
@@ -27,21 +29,27 @@ class Rounded(NamedTuple):
     residual: Decomposition
 
 
+def lost(weight: Tensor, rounded: Quantized, gram: Tensor, gradient_gram: Tensor) -> float:
+    """‖D^½ (W − Q) G^½‖² = Σ σᵢ² of ``rounded``'s decomposition without damping; a zero Gram counts as the identity."""
+    error = weight.double() - dequantize(rounded, torch.float64)
+    return float(torch.sum((weighing(gradient_gram.double()) @ error) * (error @ weighing(gram.double()))))
+
+
 def rounded(
-    weight: Tensor, gram: Tensor, gradient_gram: Tensor, n_bits: int, damping: float, max_damping: float
+    weight: Tensor, gram: Tensor, gradient_gram: Tensor, grid: Grid, damping: float, max_damping: float
 ) -> Rounded:
-    """W ≈ Q + L R in the groups that the storage formats have.
+    """W ≈ Q + L R.
 
     Args:
         weight: W, (out, in).
         gram, gradient_gram: G (in, in) and D (out, out), per token.
-        n_bits: 8 or 4.
+        grid: of the integers.
         damping, max_damping: of both Grams where the correction is decomposed; rounding damps on its own.
 
     Raises:
         NumericalError: shapes do not match, something is not finite, or a Gram cannot be repaired.
     """
-    quantized = compensated(weight, gram, n_bits, group_size(n_bits, weight.shape[1]))
+    quantized = compensated(weight, gram, grid)
     error = weight.double() - dequantize(quantized).double()
     root = smaller_root(error, gram, gradient_gram, damping, max_damping)
     return Rounded(quantized, two_sided(error, gram, gradient_gram, damping, max_damping, **root))

@@ -2,7 +2,7 @@
 
 A weight W is (out, in), its rank r <= n = min(out, in). A format puts together
 
-    a rounded weight    W ≈ Q           integers of ``n_bits`` bits, a scale per row and group of g = group_size(in)
+    a rounded weight    W ≈ Q           integers of ``n_bits`` bits, a scale per row and group of g inputs: a Grid
     two factors         W ≈ L Rᵀ        L (out, r) and R (in, r), the first ``int8_rows`` rows of each in int8, with a
                                         scale per row of L and per direction of R; the others in 16 bit
     pivoted factors     W = [I; C] Rᵀ   r of W's own rows Rᵀ and the coefficients C (out - r, r) of the others, its rows
@@ -17,8 +17,8 @@ The tensors, as they lie in memory and, with the linear's name before them, in a
 
     tensor        dtype         shape              of                  what it is
     weight        16-bit        (out, in)          dense               W
-    weight        int8, uint8   (out, in/g, -)     a rounded weight    Q = weight · weight_scale; in uint8 two inputs a
-    weight_scale  float16       (out, in/g)                            byte, two's complement, the even one low
+    weight        int8, uint8   (out, in/g, -)     a rounded weight    Q = weight · weight_scale; in uint8 packed, two's
+    weight_scale  float16       (out, in/g)                            complement, the first input lowest
     weight        16-bit, int8  (in, r)            factors             R: transposed, where elsewhere `weight` is not
     left          16-bit, int8  (out, r)                               L
                                 (out - r, r)       pivoted factors     C
@@ -53,7 +53,26 @@ WIDTHS = {None: 2, "int8": 1, "uint8": 1, "int32": 4, "float16": 2, "float32": 4
 """Bytes of a number; None is the 16-bit dtype of the checkpoint."""
 
 GROUP = 64
-"""Inputs that share a scale in int4, where it divides their number."""
+"""Inputs that share a scale in int4 and int3 where the format's name has no other, and it divides their number."""
+
+
+class Grid(NamedTuple):
+    """Integers of ``n_bits`` bits, times a scale per row and ``group`` inputs.
+
+    A group that does not divide the number of inputs, and None, is the whole row.
+    """
+
+    n_bits: int
+    group: int | None = None
+
+    def group_size(self, in_: int) -> int:
+        """Inputs per scale of a row of ``in_``."""
+        return self.group if self.group and in_ % self.group == 0 else in_
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The lowest and the highest integer, one step further down than up."""
+        return -(2 ** (self.n_bits - 1)), 2 ** (self.n_bits - 1) - 1
 
 
 class TensorLayout(NamedTuple):
@@ -85,14 +104,14 @@ def square_part(rows: int, shorter: int) -> int:
 class StorageFormat:
     """One way to keep a matrix.
 
-    ``keeps`` and ``error`` say in words what is kept and what that loses. ``n_bits``: of a rounded weight.
+    ``keeps`` and ``error`` say in words what is kept and what that loses. ``grid``: of a rounded weight.
     ``int8_rows``: (rows of a factor, shorter side of the weight) -> how many of those rows are int8, where there are
     factors. ``pivoted``: the factors are rows of the weight and coefficients.
     """
 
     keeps: str
     error: str
-    n_bits: int | None = None
+    grid: Grid | None = None
     int8_rows: Callable[[int, int], int] | None = None
     pivoted: bool = False
 
@@ -104,7 +123,7 @@ class StorageFormat:
     @property
     def factored(self) -> bool:
         """Factors are all that is kept."""
-        return self.has_factors and self.n_bits is None
+        return self.has_factors and self.grid is None
 
     @property
     def in_int8(self) -> bool:
@@ -118,8 +137,8 @@ class StorageFormat:
 
     def tensors(self, out: int, in_: int, rank: int) -> Layouts:
         """Suffix -> layout of every tensor that holds W (out, in); those without factors ignore the rank."""
-        if self.n_bits is not None:
-            found = _rounded(self.n_bits, out, in_)
+        if self.grid is not None:
+            found = _rounded(self.grid, out, in_)
             return found | self._sides({"left": out, "right": in_}, out, in_, rank) if self.has_factors else found
         if not self.has_factors:
             return {"weight": TensorLayout((out, in_), None)}
@@ -137,10 +156,10 @@ class StorageFormat:
         Shapes that are not those of the format give a pair that is not that of the weight: compare with ``tensors``.
         """
         weight = shapes.get("weight", ())
-        if not self.has_factors and self.n_bits is None and len(weight) == 2:
+        if not self.has_factors and self.grid is None and len(weight) == 2:
             return weight[0], weight[1]
-        if self.n_bits is not None and len(weight) == 3:
-            return weight[0], weight[1] * weight[2] * 8 // self.n_bits
+        if self.grid is not None and len(weight) == 3:
+            return weight[0], weight[1] * weight[2] * 8 // self.grid.n_bits
         out, in_ = (
             sum(shape[0] for key, shape in shapes.items() if shape and key in (side, f"{side}_tail"))
             for side in ("left", "weight")
@@ -172,16 +191,20 @@ FORMATS: dict[str, StorageFormat] = {
     "int8": StorageFormat("factors in 8 bit", "s/2 per number", int8_rows=all_rows),
     "pifa_int8": StorageFormat("as pifa, in 8 bit", "s/2 per number", int8_rows=all_rows, pivoted=True),
     "dense": StorageFormat("the weight", "none"),
-    "dense_int8": StorageFormat("the weight, rounded", "minimised in the Gram's metric", n_bits=8),
-    "dense_int4": StorageFormat(
-        f"the weight, rounded in groups of {GROUP}", "minimised in the Gram's metric", n_bits=4
-    ),
-    "int8_residual": StorageFormat(
-        "dense_int8, int8 factors of the rest", "what the rank leaves of it", n_bits=8, int8_rows=all_rows
-    ),
-    "int4_residual": StorageFormat(
-        "dense_int4, int8 factors of the rest", "what the rank leaves of it", n_bits=4, int8_rows=all_rows
-    ),
+    "dense_int8": StorageFormat("the weight, rounded", "minimised in the Gram's metric", grid=Grid(8)),
+    **{
+        f"dense_int{n_bits}{suffix}": StorageFormat(
+            f"the weight, rounded in groups of {group}", "minimised in the Gram's metric", grid=Grid(n_bits, group)
+        )
+        for n_bits in (4, 3)
+        for suffix, group in {"": GROUP, "_g32": 32, "_g128": 128}.items()
+    },
+    **{
+        f"int{n_bits}_residual": StorageFormat(
+            f"dense_int{n_bits}, int8 factors of the rest", "what the rank leaves of it", grid=grid, int8_rows=all_rows
+        )
+        for n_bits, grid in {8: Grid(8), 4: Grid(4, GROUP), 3: Grid(3, GROUP)}.items()
+    },
 }
 """Name, as it stands in params.yaml and in a checkpoint's files -> format."""
 
@@ -197,15 +220,10 @@ def _n_bytes(format: StorageFormat, out: int, in_: int, rank: float) -> int:
     return int(sum(WIDTHS[dtype] * prod(shape) for shape, dtype in layouts.values()))
 
 
-def group_size(n_bits: int, in_: int) -> int:
-    """Inputs per scale of a rounded weight: GROUP in int4 if that divides ``in_``, otherwise the whole row."""
-    return GROUP if n_bits == 4 and in_ % GROUP == 0 else in_
-
-
-def _rounded(n_bits: int, out: int, in_: int) -> Layouts:
-    size = group_size(n_bits, in_)
-    weight = (out, in_ // size, size * n_bits // 8)
+def _rounded(grid: Grid, out: int, in_: int) -> Layouts:
+    size = grid.group_size(in_)
+    weight = (out, in_ // size, size * grid.n_bits // 8)
     return {
-        "weight": TensorLayout(weight, "int8" if n_bits == 8 else "uint8"),
+        "weight": TensorLayout(weight, "int8" if grid.n_bits == 8 else "uint8"),
         "weight_scale": TensorLayout((out, in_ // size), "float16"),
     }

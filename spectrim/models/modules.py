@@ -86,6 +86,16 @@ def compressible_linears(model: PreTrainedModel, exclude: Iterable[str] = ()) ->
     return {name: linear for linears in linears_by_block(model, exclude).values() for name, linear in linears.items()}
 
 
+def block_vectors(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Norms, biases and every other parameter of one dimension inside the decoder blocks: name -> parameter."""
+    prefix = f"{decoder_blocks(model)[0]}."
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith(prefix) and parameter.dim() == 1 and parameter.is_floating_point()
+    }
+
+
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling modules that are called with the same input, in that order."""
 

@@ -1,21 +1,33 @@
 """Refinement minimises what it says, touches nothing but the factors, and continues with the same bits."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from spectrim.compression import refinement as refinement_module
-from spectrim.compression.refinement import FactorTraining, attach_factors, checkpoint_blocks, leaving
+from spectrim.compression.refinement import (
+    LearningRates,
+    StoredTraining,
+    attach_factors,
+    attach_rounded,
+    checkpoint_blocks,
+    leaving,
+)
+from spectrim.compression.rounded_training import RoundedTraining
 from spectrim.errors import NumericalError
 from spectrim.formats.lowrank_linear import LowRankLinear
 from spectrim.maths.losses import divergence as mean_divergence
 from spectrim.maths.losses import next_token_loss
 from spectrim.maths.lowrank import Factors
+from spectrim.maths.quantization import Quantized, dequantize, round_to_nearest
 from spectrim.models.modules import compressible_linears
 from tests import reference, tiny
 
 WINDOWS = torch.randint(2, 200, (6, 16), generator=torch.Generator().manual_seed(1))
-SETTINGS = {"steps": 6, "batch_size": 2, "learning_rate": 3e-3, "kl_weight": 1.0, "seed": 0}
+RATES = LearningRates(factors=3e-3, scales=3e-3, vectors=0.0)
+SETTINGS = {"steps": 6, "batch_size": 2, "learning_rates": RATES, "kl_weight": 1.0, "seed": 0}
 
 
 def svd_factors(model: torch.nn.Module, share: float = 0.3) -> dict[str, Factors]:
@@ -32,14 +44,14 @@ def student(family: str = "llama") -> tuple[PreTrainedModel, dict[str, LowRankLi
     return model, attach_factors(model, svd_factors(model))
 
 
-def refinement(family: str = "llama", **changes: float) -> FactorTraining:
+def refinement(family: str = "llama", **changes: Any) -> StoredTraining:
     model, modules = student(family)
     with torch.no_grad():
         expected, _ = leaving(tiny.model(family), WINDOWS)
-    return FactorTraining(model, modules, WINDOWS, expected, **{**SETTINGS, **changes})  # type: ignore[arg-type]
+    return StoredTraining(model, modules, {}, WINDOWS, expected, **{**SETTINGS, **changes})
 
 
-def divergence(run: FactorTraining) -> float:
+def divergence(run: StoredTraining) -> float:
     with torch.no_grad():
         teacher, logits = (
             model(input_ids=WINDOWS, use_cache=False).logits for model in (tiny.model("llama"), run.model)
@@ -78,8 +90,7 @@ def test_attached_factors_are_the_truncated_weights(family: str) -> None:
             expected.get_submodule(name).weight.copy_(pair.left @ pair.right)
     modules = attach_factors(model, factors)
     torch.testing.assert_close(model(WINDOWS).logits, expected(WINDOWS).logits, rtol=1e-4, atol=1e-4)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {f"{name}.{side}" for name in modules for side in ("left", "weight")}
+    assert modules.keys() == factors.keys()
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
@@ -103,13 +114,13 @@ def test_refinement_comes_closer_to_the_dense_model(kl_weight: float) -> None:
 
 
 def test_a_vanishing_rate_learns_nothing() -> None:
-    run = refinement(learning_rate=1e-12)
+    run = refinement(learning_rates=LearningRates(1e-12, 1e-12, 0.0))
     before = divergence(run)
     run.advance()
     assert divergence(run) == pytest.approx(before, abs=1e-6)
 
 
-def assert_same(first: FactorTraining, second: FactorTraining) -> None:
+def assert_same(first: StoredTraining, second: StoredTraining) -> None:
     """Two runs have the same factors and moments, bit for bit."""
     for part, tensors in first.state().items():
         assert tensors.keys() == second.state()[part].keys()
@@ -166,3 +177,89 @@ def test_a_diverged_run_says_so() -> None:
         next(iter(run.parameters.values())).fill_(float("nan"))
     with pytest.raises(NumericalError, match=r"refinement step 0: the loss is nan; lower refinement\.learning_rate"):
         run.advance()
+
+
+def rounded_weights(model: torch.nn.Module, rank: int = 2) -> dict[str, tuple[Quantized, Factors | None]]:
+    """Every linear in three bits; every second one with factors of what rounding lost."""
+    found: dict[str, tuple[Quantized, Factors | None]] = {}
+    for index, (name, linear) in enumerate(compressible_linears(model).items()):
+        weight = linear.weight.detach()
+        rounded = round_to_nearest(weight, 3, 16)
+        u, s, v = torch.linalg.svd(weight - dequantize(rounded), full_matrices=False)
+        found[name] = rounded, Factors((u * s)[:, :rank], v[:rank]) if index % 2 else None
+    return found
+
+
+def rounded_run(family: str = "llama", steps: int = 6, vectors: float = 3e-3) -> StoredTraining:
+    model = tiny.model(family)
+    modules = attach_rounded(model, rounded_weights(model))
+    with torch.no_grad():
+        expected, _ = leaving(tiny.model(family), WINDOWS)
+    rates = LearningRates(factors=3e-3, scales=1e-2, vectors=vectors)
+    return StoredTraining(
+        model, {}, modules, WINDOWS, expected, steps=steps, batch_size=2, learning_rates=rates, kl_weight=1.0, seed=0
+    )
+
+
+def explicit(weight: Quantized, residual: Factors | None, change: torch.Tensor) -> torch.Tensor:
+    scale = (weight.scale.float() * (1 + change)).repeat_interleave(weight.group_size, dim=1)
+    dense = weight.values.float() * scale
+    return dense if residual is None else dense + residual.left @ residual.right
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rounded_weight_multiplies_and_has_gradients_as_its_expansion(bias: bool, rank: int) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(32, 12, bias=bias)
+    weight = round_to_nearest(linear.weight.detach(), 3, 16)
+    residual = Factors(torch.randn(12, rank), torch.randn(rank, 32)) if rank else None
+    module = RoundedTraining(weight, residual, linear.bias)
+    with torch.no_grad():
+        module.change.normal_(std=0.1)
+    x, gradient = torch.randn(2, 5, 32, requires_grad=True), torch.randn(2, 5, 12)
+    change, other = module.change.detach().requires_grad_(), x.detach().requires_grad_()
+    expected = torch.nn.functional.linear(other, explicit(weight, residual, change), linear.bias)
+    found = module(x)
+    torch.testing.assert_close(found, expected)
+    found.backward(gradient)
+    of_x, of_change = torch.autograd.grad(expected, (other, change), gradient)
+    torch.testing.assert_close(x.grad, of_x)
+    torch.testing.assert_close(module.change.grad, of_change)
+
+
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_refined_rounded_weights_keep_their_integers_and_all_else_outside_the_blocks(family: str) -> None:
+    run = rounded_run(family)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    kept = {name: module.stored()[0].values for name, module in run._rounded.items()}
+    for _ in range(2):
+        run.advance()
+    changed = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == set(run.parameters)
+    assert run.vectors() and all(name in run.parameters and "layers." in name for name in run.vectors())
+    for name, (weight, residual) in run.rounded().items():
+        assert torch.equal(weight.values, kept[name]) and weight.scale.dtype == torch.float16
+        stored = explicit(weight, residual, torch.zeros(()))
+        module, x = run.model.get_submodule(name), torch.eye(weight.values.shape[1])
+        expected = module(x) if module.bias is None else module(x) - module.bias
+        torch.testing.assert_close(stored, expected.detach().mT, rtol=2e-3, atol=2e-3)
+
+
+def test_refining_rounded_weights_comes_closer_to_the_dense_model() -> None:
+    run, still = rounded_run(steps=30), rounded_run(steps=30, vectors=0.0)
+    before = divergence(run)
+    for _ in range(30):
+        run.advance()
+        still.advance()
+    assert divergence(run) < 0.7 * before
+    assert not still.vectors() and divergence(still) < 0.8 * before
+
+
+def test_a_refinement_of_rounded_weights_goes_on_with_the_same_bits() -> None:
+    whole, first, second = rounded_run(), rounded_run(), rounded_run()
+    losses = [whole.advance() for _ in range(6)]
+    begun = [first.advance() for _ in range(3)]
+    second.restore(first.state(), 3)
+    assert begun + [second.advance() for _ in range(3)] == losses
+    assert_same(whole, second)

@@ -212,6 +212,7 @@ def test_a_baseline_of_a_library_that_is_not_installed_is_one_problem(
 
 def test_the_method_file_needs_a_file(content: dict[str, Any], problems: Problems) -> None:
     content["train_ranks"]["method"] = "file"
+    content["compression"]["alternatives"] = []
     (line,) = problems(content)
     assert line.startswith("train_ranks.file: null; method file needs the path")
 

@@ -19,7 +19,7 @@ from spectrim.formats.int4_kernel import BLOCK, file_order, int4_product, kernel
 from spectrim.formats.products import CAPABILITY, STEP
 from spectrim.formats.quantized_linear import QuantizedLinear
 from spectrim.integrations.vllm_plugin import FusedLinear
-from spectrim.maths.quantization import unpack_int4
+from spectrim.maths.quantization import unpack
 from tests.checkpoints import build, prepare
 
 pytestmark = pytest.mark.skipif(CAPABILITY not in STEP, reason="the kernel wants AVX2 or AVX512")
@@ -34,7 +34,7 @@ def draw(seed: int, out: int, groups: int, group: int = GROUP) -> tuple[Tensor, 
 
 
 def expanded(weight: Tensor, scale: Tensor) -> Tensor:
-    return (unpack_int4(weight, 2 * weight.shape[2]).double() * scale.double()[..., None]).flatten(1)
+    return (unpack(weight, 4).double() * scale.double()[..., None]).flatten(1)
 
 
 def linear(dtype: torch.dtype | None) -> tuple[QuantizedLinear, Tensor]:

@@ -64,7 +64,8 @@ def test_a_weight_of_low_rank_with_zero_rows_and_columns_comes_back(
     found = kept(weight, format, *moments_of)
     error = float(torch.linalg.matrix_norm(found - weight) / torch.linalg.matrix_norm(weight))
     declared = FORMATS[format]
-    assert error < (0.2 if declared.n_bits == 4 else 6e-2 if declared.n_bits or declared.in_int8 else 4e-3)
+    allowed = {3: 0.45, 4: 0.2, 8: 6e-2, None: 6e-2 if declared.in_int8 else 4e-3}
+    assert error < allowed[declared.grid and declared.grid.n_bits]
 
 
 @pytest.mark.parametrize("format", INT8_FACTORS)

@@ -23,11 +23,11 @@ from spectrim.maths.budget import (
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import round_to_nearest
 from spectrim.maths.storage_formats import FORMATS as DECLARED
-from spectrim.maths.storage_formats import group_size
 
 FORMATS = list(FACTORED)
 formats = st.sampled_from(FORMATS)
 sizes = st.integers(1, 70)
+INPUTS = {8: 1, 4: 2, 3: 8}  # that fill whole bytes, by the bits of each
 
 
 @cache
@@ -38,8 +38,8 @@ def counted(format: str, out: int, in_: int, rank: int) -> int:
     if format in FACTORED:
         tensors = pack(factors, format).tensors
     else:
-        n_bits = ROUNDED[format]
-        rounded = round_to_nearest(torch.randn(out, in_), n_bits, group_size(n_bits, in_))
+        grid = ROUNDED[format]
+        rounded = round_to_nearest(torch.randn(out, in_), grid.n_bits, grid.group_size(in_))
         tensors = pack_rounded(rounded, format, factors if format in RESIDUAL else None).tensors
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -55,23 +55,25 @@ def test_bytes_are_those_of_the_stored_tensors(format, out, in_, data):
 
 @settings(deadline=None)
 @given(st.sampled_from(list(ROUNDED)), sizes, st.integers(1, 99), st.data())
-def test_bytes_of_rounded_weights_are_those_of_the_stored_tensors(format, out, half, data):
-    rank = data.draw(st.integers(1, min(out, 2 * half)))
-    assert matrix_bytes(format, out, 2 * half, rank) == counted(format, out, 2 * half, rank)
+def test_bytes_of_rounded_weights_are_those_of_the_stored_tensors(format, out, units, data):
+    in_ = units * INPUTS[ROUNDED[format].n_bits]
+    rank = data.draw(st.integers(1, min(out, in_)))
+    assert matrix_bytes(format, out, in_, rank) == counted(format, out, in_, rank)
 
 
 @settings(deadline=None)
 @given(st.sampled_from(list(DECLARED)), sizes, sizes, st.data())
-def test_the_shape_of_a_weight_is_read_back_from_its_tensors(format, out, half, data):
-    in_ = 2 * half
+def test_the_shape_of_a_weight_is_read_back_from_its_tensors(format, out, units, data):
+    in_ = 8 * units
     rank = data.draw(st.integers(1, min(out, in_)))
     layouts = DECLARED[format].tensors(out, in_, rank)
     assert DECLARED[format].shape_of({suffix: shape for suffix, (shape, _) in layouts.items()}, rank) == (out, in_)
 
 
-def test_int4_of_an_odd_number_of_inputs_is_refused():
-    with pytest.raises(BudgetError, match=r"int4 of a \(4, 7\) matrix: an even number of inputs"):
-        matrix_bytes("dense_int4", 4, 7, 1)
+@pytest.mark.parametrize(("format", "in_", "needed"), [("dense_int4", 7, 2), ("dense_int3", 12, 8)])
+def test_inputs_that_fill_no_whole_bytes_are_refused(format, in_, needed):
+    with pytest.raises(BudgetError, match=rf"of a \(4, {in_}\) matrix: .* a number of inputs .* that {needed} divides"):
+        matrix_bytes(format, 4, in_, 1)
 
 
 @settings(deadline=None)

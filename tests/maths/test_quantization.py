@@ -11,12 +11,12 @@ from spectrim.maths.quantization import (
     balance,
     dequantize,
     dequantize_int8,
-    pack_int4,
+    pack,
     principal,
     quantize_int8,
     round_to_nearest,
     rounded_bytes,
-    unpack_int4,
+    unpack,
 )
 from tests import reference
 
@@ -142,26 +142,33 @@ def test_bytes_count_scales_and_zero_points(n_bits, group_size, symmetric, ratio
     values = (
         quantized.values.numel()
         if n_bits == 8
-        else pack_int4(quantized.values.to(torch.int8) - 8 * (not symmetric)).numel()
+        else pack(quantized.values.to(torch.int8) - 8 * (not symmetric), 4).numel()
     )
     zeros = 0 if symmetric else quantized.zero_point.numel() // 2
     assert stored == values + 2 * quantized.scale.numel() + zeros
 
 
 @settings(deadline=None)
-@given(st.integers(1, 4), st.integers(1, 9), seeds)
-def test_nibbles_come_back_bit_for_bit(rows, columns, seed):
-    values = torch.randint(-8, 8, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
-    packed = pack_int4(values)
-    assert packed.dtype == torch.uint8
-    assert packed.tolist() == [reference.pack_int4(row) for row in values.tolist()]
-    assert torch.equal(unpack_int4(packed, columns), values)
+@given(st.integers(2, 8), st.integers(1, 4), st.integers(1, 5), seeds)
+def test_packed_integers_come_back_bit_for_bit(n_bits, rows, units, seed):
+    shape, end = (rows, 8 * units), 2 ** (n_bits - 1)
+    values = torch.randint(-end, end, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    packed = pack(values, n_bits)
+    assert packed.dtype == torch.uint8 and packed.numel() == values.numel() * n_bits // 8
+    assert packed.tolist() == [reference.pack(row, n_bits) for row in values.tolist()]
+    assert torch.equal(unpack(packed, n_bits), values)
 
 
-@pytest.mark.parametrize("value", [-9, 8, 127])
-def test_what_does_not_fit_into_four_bits_is_refused(value):
-    with pytest.raises(NumericalError, match=rf"found \[{value}, {value}\]"):
-        pack_int4(torch.tensor([[value]], dtype=torch.int8))
+@pytest.mark.parametrize(("n_bits", "value"), [(4, -9), (4, 8), (4, 127), (3, 4), (3, -5)])
+def test_what_does_not_fit_into_the_bits_is_refused(n_bits, value):
+    with pytest.raises(NumericalError, match=rf"int{n_bits} values lie in .* found \[{value}, {value}\]"):
+        pack(torch.full((1, 8), value, dtype=torch.int8), n_bits)
+
+
+@pytest.mark.parametrize(("n_bits", "count", "message"), [(4, 3, "2 fill 1"), (3, 12, "8 fill 3")])
+def test_numbers_that_fill_no_bytes_are_refused(n_bits, count, message):
+    with pytest.raises(NumericalError, match=message):
+        pack(torch.zeros(1, count, dtype=torch.int8), n_bits)
 
 
 @settings(deadline=None)

@@ -7,6 +7,7 @@ from torch import Tensor
 from spectrim.maths.lowrank import truncate
 from spectrim.maths.quantization import dequantize
 from spectrim.maths.residual import rounded
+from spectrim.maths.storage_formats import Grid
 from tests import reference
 
 
@@ -26,7 +27,7 @@ def error(difference: Tensor, gram: Tensor, gradient_gram: Tensor) -> float:
 @pytest.mark.parametrize(("out", "in_"), [(12, 20), (20, 12)])
 def test_the_spectrum_predicts_the_error_of_every_rank(n_bits: int, out: int, in_: int) -> None:
     weight, gram, gradient_gram = drawn(out, in_)
-    quantized, residual = rounded(weight, gram, gradient_gram, n_bits, 0.0, 1e-2)
+    quantized, residual = rounded(weight, gram, gradient_gram, Grid(n_bits, None), 0.0, 1e-2)
     lost = weight - dequantize(quantized, torch.float64)
     for rank in (0, 3, min(out, in_)):
         left, right = truncate(residual, rank) if rank else (torch.zeros(out, 0), torch.zeros(0, in_))
@@ -37,7 +38,7 @@ def test_the_spectrum_predicts_the_error_of_every_rank(n_bits: int, out: int, in
 
 def test_the_correction_is_that_of_the_metric_and_not_the_plain_one() -> None:
     weight, gram, gradient_gram = drawn(24, 32)
-    quantized, residual = rounded(weight, gram, gradient_gram, 4, 0.0, 1e-2)
+    quantized, residual = rounded(weight, gram, gradient_gram, Grid(4), 0.0, 1e-2)
     lost = weight - dequantize(quantized, torch.float64)
     u, s, v = torch.linalg.svd(lost)
     plain = lost - (u[:, :4] * s[:4]) @ v[:4]

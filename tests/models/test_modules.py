@@ -13,7 +13,7 @@ from spectrim.errors import ModelError
 from spectrim.formats.lowrank_linear import LowRankLinear, factors_of
 from spectrim.formats.quantized_linear import QuantizedLinear
 from spectrim.formats.stored_linear import StoredLinear, stored_tensors
-from spectrim.maths.budget import FACTORED, ROUNDED, Format, break_even_rank, matrix_bytes
+from spectrim.maths.budget import FACTORED, ROUNDED, Format, break_even_rank, fills_bytes, matrix_bytes
 from spectrim.maths.lowrank import Factors
 from spectrim.models.modules import compressible_linears, decoder_blocks, linears_by_block, replace
 from tests import tiny
@@ -40,12 +40,13 @@ def random_tensors(
     return tensors
 
 
-def reference_weight(tensors: dict[str, Tensor]) -> Tensor:
+def reference_weight(tensors: dict[str, Tensor], format: Format) -> Tensor:
     """W in float64, element by element as the format says."""
     if tensors["weight"].dim() == 3:
+        n_bits = ROUNDED[format].n_bits
         weight = torch.tensor(
             [
-                [value * float(scale) for group, scale in zip(*row, strict=True) for value in integers(group)]
+                [value * float(scale) for group, scale in zip(*row, strict=True) for value in integers(group, n_bits)]
                 for row in zip(tensors["weight"], tensors["weight_scale"], strict=True)
             ],
             dtype=torch.float64,
@@ -65,12 +66,13 @@ def side_of(tensors: dict[str, Tensor], side: str) -> Tensor:
     return torch.stack(rows + [row.double() for row in tensors.get(f"{side}_tail", ())])
 
 
-def integers(group: Tensor) -> list[int]:
-    """The numbers of a group: int8 as they are, of a byte its low and its high nibble in two's complement."""
+def integers(group: Tensor, n_bits: int) -> list[int]:
+    """The numbers of a group: int8 as they are, fewer bits cut off one long binary number, in two's complement."""
     if group.dtype == torch.int8:
         return group.tolist()
-    nibbles = [nibble for byte in group.tolist() for nibble in (byte % 16, byte // 16)]
-    return [nibble - 16 if nibble > 7 else nibble for nibble in nibbles]
+    whole, count = int.from_bytes(bytes(group.tolist()), "little"), 8 * len(group) // n_bits
+    digits = [whole >> n_bits * at & (2**n_bits - 1) for at in range(count)]
+    return [digit - 2**n_bits if digit >= 2 ** (n_bits - 1) else digit for digit in digits]
 
 
 def module_of(format: Format, out_features: int, in_features: int, bias: Tensor | None = None) -> StoredLinear:
@@ -141,7 +143,7 @@ sizes = st.integers(min_value=1, max_value=600)
 def test_stored_tensors_take_the_budgeted_bytes_and_never_look_dense(
     format: Format, out_features: int, in_features: int, data: st.DataObject
 ) -> None:
-    if format in ROUNDED and in_features % 2:
+    if format in ROUNDED and not fills_bytes(ROUNDED[format], in_features):
         return
     largest = (
         break_even_rank(format, out_features, in_features) if format in FACTORED else min(out_features, in_features)
@@ -164,7 +166,7 @@ def test_forward_is_the_product_of_what_is_stored(
     bias = torch.randn(out_features) if with_bias else None
     module = module_of(format, out_features, in_features, bias)
     x = torch.randn(3, 7, in_features)
-    weight = reference_weight(module.state_dict())
+    weight = reference_weight(module.state_dict(), format)
     expected = x.double() @ weight.mT + (0 if bias is None else bias.double())
     torch.testing.assert_close(module(x).double(), expected, rtol=1e-5, atol=2e-4)
     torch.testing.assert_close(module.dense_weight().double(), weight, rtol=1e-5, atol=1e-4)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.params import load
+from pipeline.config.params import Params, load
 from pipeline.steps.plan import CORES, GPU, MODELS, peaks, seconds, table
 from pipeline.steps.plan_shape import Plan, Shape
 from pipeline.steps.plan_work import STAGES, capture
@@ -18,6 +18,18 @@ from tests.tiny import REPOSITORY, Project
 CLOSE = 0.15
 LARGE = ("prepare", "capture", "update_weights", "remap")  # the others write some kilobytes
 DATA = os.environ.get("SPECTRIM_EVAL_DATA")
+
+
+def low_rank() -> Params:
+    """The default parameters with low rank alone, at 0.8: what the formulas were fitted to."""
+    params = load(REPOSITORY / "params.yaml")
+    refinement = replace(params.update_weights.refinement, steps=8, seq_len=640, validate_every=8)
+    return replace(
+        params,
+        compression=replace(params.compression, ratio=0.8, format="pifa", alternatives=[]),
+        train_ranks=replace(params.train_ranks, method="gates"),
+        update_weights=replace(params.update_weights, refinement=refinement),
+    )
 
 
 def plan_of(project: Project, model: Path) -> Plan:
@@ -66,10 +78,10 @@ def test_a_trained_model_writes_what_is_foretold(
     check(project, plan_of(project, model))
 
 
-def test_the_default_model_took_what_is_foretold() -> None:
-    """The formula against a run of SmolLM2-135M by the default parameters."""
+def test_low_rank_of_the_default_model_took_what_is_foretold() -> None:
+    """The formula against a run of SmolLM2-135M."""
     outs = {"prepare": 272_585_783, "capture": 1_337_552_856, "update_weights": 395_007_051, "remap": 230_210_481}
-    plan = Plan(MODELS["0.1 B"], load(REPOSITORY / "params.yaml"))
+    plan = Plan(MODELS["0.1 B"], low_rank())
     assert foretold(plan) == {stage: pytest.approx(size, rel=CLOSE) for stage, size in outs.items()}
     triangles = 4 * 30 * (3 * 576**2 + 1536**2) / 2  # Grams kept whole would be seen
     assert capture(plan).disk + triangles > 1.1 * outs["capture"]
@@ -81,10 +93,10 @@ def test_the_sizes_of_published_models() -> None:
 
 
 def test_times_and_memories_grow_with_what_causes_them() -> None:
-    params = load(REPOSITORY / "params.yaml")
+    params = low_rank()
     plan = Plan(MODELS["1 B"], params)
     more = replace(plan, params=replace(params, capture=replace(params.capture, gradient_windows=32)))
-    assert seconds(capture(more), CORES) < seconds(capture(plan), CORES) > 10 * seconds(capture(plan), GPU)
+    assert seconds(capture(more), CORES) < seconds(capture(plan), CORES) > 5 * seconds(capture(plan), GPU)
     for name, stage in STAGES.items():
         small, large = stage(plan), stage(replace(plan, shape=MODELS["7 B"]))
         assert peaks(small, CORES)[0] >= CORES.process and peaks(small, CORES)[1] == 0
@@ -97,7 +109,7 @@ def test_times_and_memories_grow_with_what_causes_them() -> None:
 
 
 def test_the_table_marks_what_does_not_fit() -> None:
-    params = load(REPOSITORY / "params.yaml")
+    params = low_rank()
     head, rule, *lines = table(MODELS, params, GPU)
     assert len(lines) == len(STAGES) and {line.count("|") for line in (head, rule, *lines)} == {11}
     assert [line.split("`")[1] for line in lines if "**" in line] == ["update_weights"]
