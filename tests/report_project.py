@@ -140,8 +140,10 @@ def write(root: Path, *, n_blocks: int = 30, chosen: str = "gates", trained: boo
 
 
 def write_params(root: Path, **sections: dict[str, Any]) -> None:
-    """The project's own params.yaml with some keys of some sections replaced."""
+    """The project's own params.yaml for low rank alone, by gates at 0.8, with some keys of some sections replaced."""
     params = yaml.safe_load(Path(__file__).parents[1].joinpath("params.yaml").read_text(encoding="utf-8"))
+    params["compression"] |= {"ratio": 0.8, "format": "pifa", "alternatives": []}
+    params["train_ranks"] |= {"method": "gates"}
     for section, keys in sections.items():
         params[section] |= keys
     (root / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")

@@ -173,8 +173,8 @@ class Project:
 
     def stage(self, name: str, check: bool = True, **how: Any) -> subprocess.CompletedProcess[str]:
         """Run one stage without DVC, behind `sources`, which DVC runs in every run; see `run_stage`."""
-        done = run_stage("sources", self.folder, process_environment())
-        if done.returncode == 0 and name != "sources":
+        done = None if name == "sources" else run_stage("sources", self.folder, process_environment())
+        if done is None or done.returncode == 0:
             done = run_stage(name, self.folder, process_environment(), **how)
         if check and done.returncode:
             raise AssertionError(f"stages.{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")

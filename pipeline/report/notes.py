@@ -73,11 +73,11 @@ def refined_note(curve: "Mapping[str, np.ndarray]") -> str:
     losses = zip(curve.get("validation_loss", ()), curve.get("step", ()), strict=True)
     measured = [(loss, int(step)) for loss, step in losses if loss == loss]  # NaN: a step that was not measured
     if not measured:
-        return "The factors were not refined."
+        return "Nothing was refined."
     (before, _), (after, step) = measured[0], min(measured)
     if (after, step) == measured[0]:
         return f"No measurement was better than the start ({before:.4f} nats per token): nothing was kept of it."
-    return f"Validation loss {before:.4f} → {after:.4f} nats per token; the factors of step {step} were kept."
+    return f"Validation loss {before:.4f} → {after:.4f} nats per token; what was stored after step {step} was kept."
 
 
 def update_note(summary: Mapping[str, Any]) -> str | None:

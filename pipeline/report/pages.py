@@ -13,7 +13,7 @@ from pipeline.report import figures, notes, tables
 from pipeline.report.matrices import RankedMatrix, read_matrices
 from pipeline.steps.metrics import significant
 from spectrim.errors import StorageError
-from spectrim.maths.budget import Format
+from spectrim.maths.budget import RESIDUAL, ROUNDED, Format
 
 if TYPE_CHECKING:
     import numpy as np
@@ -156,6 +156,9 @@ def _text(
         "caveat": notes.caveat(params.model.source),
         "n_matrices": len(found),
         "n_dense": sum(matrix.is_dense for matrix in found),
+        "n_factored": sum(matrix.is_factored for matrix in found),
+        "n_corrected": sum(matrix.format in RESIDUAL for matrix in found),
+        "n_rounded": sum(matrix.format in ROUNDED and matrix.format not in RESIDUAL for matrix in found),
         "chosen": ranks["chosen"],
         "candidates": tables.candidates_table(ranks),
         "kept_note": notes.kept_note(ranks),

@@ -184,10 +184,11 @@ def ranks_table(found: Sequence[RankedMatrix], discarded: Mapping[str, float], m
                 f"{min(low_rank)} – {median(low_rank):g} – {max(low_rank)}" if low_rank else "–",
                 f"{sum(matrix.is_dense for matrix in group)} of {len(group)}",
                 f"{100 * sum(matrix.bytes for matrix in group) / dense:.1f} %",
-                f"{100 * energy / whole:.1f} %" if whole else "–",
+                f"{100 * energy / whole:.1f} %" if whole and low_rank else "–",
             )
         )
-    columns = ("matrix", "shape", "rank: least – median – most", "left dense", "bytes kept", f"share of {meaning}")
+    share = f"share of the cuts' {meaning}"
+    columns = ("matrix", "shape", "rank: least – median – most", "left dense", "bytes kept", share)
     return Table(columns, tuple(rows), n_text=2)
 
 

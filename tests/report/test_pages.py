@@ -155,7 +155,7 @@ def test_a_kept_candidate_other_than_the_trained_one_is_said(project: Project, u
 
 def test_the_refinement_says_what_was_kept(usual: report.RenderedReport) -> None:
     for text in (usual.markdown, Page(usual.html).text):
-        assert "Validation loss 3.6581 → 3.5102 nats per token; the factors of step 16 were kept." in text
+        assert "Validation loss 3.6581 → 3.5102 nats per token; what was stored after step 16 was kept." in text
 
 
 def test_without_training_there_is_no_curve_and_the_report_says_so(project: Project) -> None:
@@ -167,13 +167,13 @@ def test_without_training_there_is_no_curve_and_the_report_says_so(project: Proj
     assert not {"training", "refinement"} & set(found.figures)
     for text in (found.html, found.markdown):
         assert "No ranks were trained: the ranks come from “uniform”." in text
-        assert "validation loss" not in text and "The factors were not refined." in text
+        assert "validation loss" not in text and "Nothing was refined." in text
 
 
 def test_the_input_metric_is_named_where_it_is_used(project: Project, usual: report.RenderedReport) -> None:
-    assert "share of predicted loss" in usual.markdown
+    assert "share of the cuts' predicted loss" in usual.markdown
     other = rendered(project(sections={"train_ranks": {"whitening": "input"}}))
-    assert "share of output error²" in other.markdown and "input metric" in other.html
+    assert "share of the cuts' output error²" in other.markdown and "input metric" in other.html
 
 
 def test_ranks_from_a_file_are_compared_with_it(project: Project, usual: report.RenderedReport) -> None:
