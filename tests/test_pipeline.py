@@ -88,13 +88,17 @@ def check_result(project: Project) -> str:
     stored = 0
     packed = load_file(project.folder / "artifacts" / "remap" / "model.safetensors")
     prepared = load_file(project.folder / "artifacts" / "prepare" / "model.safetensors")
+    refined = project.folder / "artifacts" / "update_weights" / "vectors.safetensors"
+    vectors = load_file(refined) if refined.exists() else {}
+    assert all(name.endswith(("norm.weight", ".bias")) for name in vectors), list(vectors)
     matrices = config["matrices"]
     for name, tensor in packed.items():
         linear, suffix = name.rsplit(".", 1)
         if linear in matrices and suffix != "bias":
             stored += tensor.nbytes
         else:
-            assert torch.equal(tensor, prepared[name]), name
+            expected = vectors[name].to(tensor.dtype) if name in vectors else prepared[name]
+            assert torch.equal(tensor, expected), name
     dense = sum(2 * prepared[f"{linear}.weight"].numel() for linear in matrices)
     untouched = {name for name in prepared if name.rsplit(".", 1)[0] not in matrices or name.endswith(".bias")}
     assert untouched <= set(packed)
