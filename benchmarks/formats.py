@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.config.params import load
@@ -27,6 +28,7 @@ from pipeline.runtime.artifacts import artifact, read_json
 from pipeline.runtime.devices import resolve
 from pipeline.runtime.progress import progress
 from pipeline.steps import packed_blocks as packing
+from pipeline.steps.factor_files import VECTORS
 from pipeline.steps.measure import evaluation_windows, text_perplexities
 from pipeline.steps.model_folders import load_model, load_tokenizer
 from spectrim.checkpoint.layout import Matrix
@@ -54,8 +56,8 @@ def checkpoint(format: Format, folder: Path) -> dict[str, Any]:
         name: Matrix(entry["format"] if entry["format"] == "dense" else format, entry["rank"])
         for name, entry in ranks["matrices"].items()
     }
-    blocks = []
-    for file in progress(sorted(artifact("update_weights").glob("*.safetensors")), f"packing as {format}"):
+    blocks, updated = [], artifact("update_weights")
+    for file in progress(sorted(updated.glob("[0-9]*.safetensors")), f"packing as {format}"):
         blocks.append(folder / file.stem)
         blocks[-1].mkdir()
         packing.pack_block(
@@ -63,8 +65,9 @@ def checkpoint(format: Format, folder: Path) -> dict[str, Any]:
         )
     packed = packing.load_packed(blocks)
     return assemble(
-        prepared, folder / "made", packed, matrices, ratio_target=ranks["ratio"], provenance={}, skip=("prepare.json",)
-    )
+        prepared, folder / "made", packed, matrices, ratio_target=ranks["ratio"], provenance={},
+        skip=("prepare.json",), refined=load_file(updated / VECTORS) if (updated / VECTORS).exists() else None,
+    )  # fmt: skip
 
 
 def resident_bytes(model: nn.Module, linears: Mapping[str, Any]) -> int:
