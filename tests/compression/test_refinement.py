@@ -101,6 +101,8 @@ def test_refinement_changes_the_factors_only(family: str) -> None:
         run.advance()
     for name, tensor in run.model.state_dict().items():
         assert torch.equal(tensor, before[name]) != (name in run.parameters), name
+    trained = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{name}.{side}" for name in run.factors() for side in ("left", "weight")}
 
 
 @pytest.mark.parametrize("kl_weight", [1.0, 0.5, 0.0])
