@@ -176,16 +176,12 @@ class Project:
         done = None if name == "sources" else run_stage("sources", self.folder, process_environment())
         if done is None or done.returncode == 0:
             done = run_stage(name, self.folder, process_environment(), **how)
-        if check and done.returncode:
-            raise AssertionError(f"stages.{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
-        return done
+        return _succeeded(name, done) if check else done
 
     def stages(self, *names: str) -> None:
         """Run one stage after the other without DVC, behind one run of `sources`."""
         for name in ("sources", *(name for name in names if name != "sources")):
-            done = run_stage(name, self.folder, process_environment())
-            if done.returncode:
-                raise AssertionError(f"stages.{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+            _succeeded(name, run_stage(name, self.folder, process_environment()))
 
     def repro(self, *arguments: str) -> set[str]:
         """`dvc repro`; returns the stages that were computed (neither skipped nor restored from the run cache)."""
@@ -213,6 +209,12 @@ class Project:
         """The same project elsewhere, with its artifacts and caches."""
         shutil.copytree(self.folder, folder, symlinks=True)
         return Project(folder)
+
+
+def _succeeded(name: str, done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    if done.returncode:
+        raise AssertionError(f"stages.{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
 
 
 def process_environment(**extra: str) -> dict[str, str]:
