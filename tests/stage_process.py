@@ -4,6 +4,7 @@ A fresh `python -m stages.X` spends most of its seconds on those imports; the pr
 every child, from the project's folder. Where the command itself is tested, DVC starts it as a user's does.
 """
 
+import gc
 import inspect
 import json
 import multiprocessing
@@ -29,7 +30,10 @@ PRELOADED = [
     "pyarrow.parquet",
     "scipy",
     "matplotlib.pyplot",
-    "pydantic",
+    "matplotlib.backends.backend_svg",
+    "pydantic.dataclasses",
+    "pydantic.type_adapter",
+    "ruamel.yaml",
     "typer",
     "dvc.cli",
     "dvc.repo.reproduce",
@@ -92,6 +96,7 @@ def enter(folder: Path, environment: Mapping[str, str]) -> None:
     """Make this forked process one that was started in ``folder``."""
     import torch
 
+    gc.freeze()  # what was loaded before the fork is not searched for garbage again and again
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -53,7 +53,7 @@ MUTATIONS: dict[str, tuple[set[str], set[str]]] = {
 @pytest.fixture
 def digests(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Project], dict[str, str]]]:
     """Project -> stage -> the code part of its keys in the store, with the files as they are there."""
-    cached = (closure.tree, closure.imports, closure._digest_of)
+    cached = (closure.tree, closure.imports, closure._content, closure._digest_of)
 
     def found(project: Project) -> dict[str, str]:
         monkeypatch.setattr(closure, "ROOT", project.folder)

@@ -111,6 +111,7 @@ def _digest_of(module: str) -> str:
     return artifacts.digest({path.as_posix(): _content(path) for path in closure(file)})
 
 
+@cache
 def _content(file: Path) -> str:
     if file.suffix != ".py":
         return artifacts.sha256_file(ROOT / file)
