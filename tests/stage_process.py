@@ -103,7 +103,8 @@ def enter(folder: Path, environment: Mapping[str, str]) -> None:
     sys.dont_write_bytecode = False  # the next child finds the project's modules compiled
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # OpenMP read its own when it was loaded
     repository = Path(__file__).resolve().parent.parent
-    sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry or ".").resolve() != repository)]
+    further = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    sys.path[:] = [str(folder), *further, *(entry for entry in sys.path if Path(entry or ".").resolve() != repository)]
     own = ("spectrim", "pipeline", "stages")
     assert not [module for module in sys.modules if module.split(".")[0] in own], "loaded before the fork"
 

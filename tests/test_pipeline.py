@@ -201,9 +201,10 @@ def test_only_what_changed_reruns(finished_llama: Project, tmp_path: Path) -> No
 def queue_and_run(project: Project) -> None:
     """A queued experiment runs in a copied tree and shares the project's caches; only the new title is computed."""
     options = ("-S", "compression.ratio=0.8", "-S", "report.title=Queued")
-    project.run("dvc", "exp", "run", "--queue", "--name", "queued", *options)
-    project.run("dvc", "exp", "run", "--run-all")
-    project.run("dvc", "exp", "apply", "queued")
+    project.dvc("exp", "run", "--queue", "--name", "queued", *options)
+    # a DVC that was not forked: the queue's worker starts processes, which a forked one may not
+    project.dvc("exp", "run", "--run-all", program=(sys.executable, "-m", "dvc"))
+    project.dvc("exp", "apply", "queued")
     assert "Queued" in (project.folder / "reports" / "report.md").read_text(encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -187,10 +187,10 @@ class Project:
         """`dvc repro`; returns the stages that were computed (neither skipped nor restored from the run cache)."""
         return computed_stages(self.dvc("repro", *arguments).stdout)
 
-    def dvc(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def dvc(self, *arguments: str, program: Sequence[str] = ("dvc",)) -> subprocess.CompletedProcess[str]:
         """`dvc`, and the stages that it starts, quickly; see `warm_programs`. `run("dvc", …)` is a user's."""
         path = os.pathsep.join([str(warm_programs.folder()), process_environment()["PATH"]])
-        return self.run("dvc", *arguments, PATH=path)
+        return self.run(*program, *arguments, PATH=path)
 
     def change(self, **values: Any) -> None:
         """Set parameters, `compression__ratio=0.6` for `compression.ratio`."""

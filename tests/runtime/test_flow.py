@@ -12,6 +12,7 @@ import pytest
 
 from pipeline import flow
 from spectrim.errors import OrchestrationError
+from tests import warm_programs
 from tests.layer_runs import computed, finished, gone, last_line, wait_for
 from tests.layer_worker import names
 
@@ -50,6 +51,11 @@ def environment() -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "DVC_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**clean, "PATH": path, "PYTHONPATH": str(PROJECT), "DVC_NO_ANALYTICS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def with_warm_programs() -> dict[str, str]:
+    clean = environment()
+    return {**clean, "PATH": os.pathsep.join([str(warm_programs.folder()), clean["PATH"]])}
 
 
 def start(project: Path, *options: str) -> "subprocess.Popen[str]":
@@ -149,11 +155,7 @@ def test_every_end_is_clean_and_resumable(project, end):
     assert 1 <= whole < 4
     log.unlink()
     result = subprocess.run(
-        [sys.executable, "-m", "dvc", "repro", "-q", "layers"],
-        cwd=project,
-        env=environment(),
-        capture_output=True,
-        check=False,
+        ["dvc", "repro", "-q", "layers"], cwd=project, env=with_warm_programs(), capture_output=True, check=False
     )
     assert result.returncode == 0, result.stderr
     assert computed(log) == names(4)[whole:]
