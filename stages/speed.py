@@ -20,7 +20,7 @@ from pipeline.steps.machine import described, process_peak, speed_dtype
 from pipeline.steps.metrics import significant
 from pipeline.steps.model_folders import load_model
 from spectrim.checkpoint.saving import half_dtype
-from spectrim.evaluation.speed import n_parameters, peak_bytes, throughput, weight_bytes
+from spectrim.evaluation.speed import peak_bytes, throughput, weight_bytes
 
 
 def main() -> None:
@@ -44,7 +44,6 @@ def main() -> None:
             "weights": {side: weight_bytes(model) for side, model in models.items()},
             "peak": {side: peak_bytes(model, **lengths) for side, model in models.items()},
         },
-        "parameters": {side: n_parameters(model) for side, model in models.items()},
         "dtype": str(dtype).removeprefix("torch."),
         "machine": described(device),
         "process": process_peak(device),

@@ -18,6 +18,7 @@ from pipeline.runtime.layers import run_layers
 from pipeline.runtime.store import LayerStore, link_or_copy
 from pipeline.steps import refinement_run, rounded_blocks, variants
 from pipeline.steps.block_updates import facts_of, updated_blocks
+from pipeline.steps.coded_blocks import CodedBlocks
 from pipeline.steps.factor_files import ROUNDED_FOLDER
 from pipeline.steps.updates import variants_of
 from spectrim.checkpoint.layout import Matrix
@@ -29,10 +30,8 @@ def main() -> None:
     params, store, device = load(), LayerStore(), resolve(load().runtime.device)
     settings = params.update_weights
     require_model(artifact("prepare"))
-    matrices = {
-        name: Matrix(matrix["format"], matrix["rank"])
-        for name, matrix in read_json(artifact("train_ranks") / "ranks.json")["matrices"].items()
-    }
+    chosen_ranks = read_json(artifact("train_ranks") / "ranks.json")
+    matrices = {name: Matrix(matrix["format"], matrix["rank"]) for name, matrix in chosen_ranks["matrices"].items()}
     ranks = {name: matrix.rank for name, matrix in matrices.items() if matrix.format in FACTORED}
     rounded = rounded_blocks.rounded_blocks(params, {matrix.format for matrix in matrices.values()}, device)
     choices = variants_of(settings)
@@ -42,6 +41,8 @@ def main() -> None:
         losses = variants.validation_losses(made, device, params.runtime, store)
         chosen = min(losses, key=lambda name: losses[name])
     files, kept = made[chosen], rounded_blocks.chosen(rounded, matrices, params, store)
+    if chosen_ranks["steps"] is not None:
+        kept = CodedBlocks(params, device).files(chosen_ranks["steps"])
     refined = _refined(params, device, files, kept, store) if settings.refinement.steps and (ranks or kept) else None
     with fresh_folder(artifact("update_weights")) as out:
         if refined:

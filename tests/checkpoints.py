@@ -12,15 +12,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from spectrim.checkpoint.layout import Matrix
 from spectrim.checkpoint.saving import assemble
 from spectrim.formats.kinds import kind_of
-from spectrim.formats.packing import Packed, pack, pack_rounded
+from spectrim.formats.packing import Packed, pack, pack_coded, pack_rounded
 from spectrim.formats.stored_linear import StoredLinear
-from spectrim.maths.budget import FACTORED, RESIDUAL, ROUNDED, Format, resolve_format
+from spectrim.maths.budget import CODED, FACTORED, RESIDUAL, ROUNDED, Format, resolve_format
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import dequantize, round_to_nearest
+from spectrim.maths.two_sided_rounding import side, two_sided_rounded
 from spectrim.models.modules import compressible_linears
 from tests import tiny
 
-FORMATS: tuple[Format, ...] = (*FACTORED, *ROUNDED)
+FORMATS: tuple[Format, ...] = (*FACTORED, *ROUNDED, *CODED)
 CASES = [(family, format) for family in tiny.FAMILIES for format in FORMATS]
 RANK = 7
 UP = "model.layers.0.mlp.up_proj"
@@ -44,6 +45,9 @@ def truncated(weight: Tensor, rank: int) -> Factors:
 
 def packed_weight(weight: Tensor, format: Format, dtype: torch.dtype) -> Packed:
     """A weight as ``format`` stores it, factors at RANK."""
+    if format in CODED:  # the largest numbers do not fit a byte
+        plain = (side(torch.eye(size, dtype=torch.float64), 0.0) for size in weight.shape)
+        return pack_coded(two_sided_rounded(weight, *plain, float(weight.abs().max()) / 200))
     if format not in ROUNDED:
         return pack(truncated(weight, RANK), format, dtype)
     grid = ROUNDED[format]
@@ -65,9 +69,9 @@ def chosen(dense: Path, format: Format, dtype: torch.dtype) -> tuple[dict[str, M
     matrices, packed = {}, {}
     for name, linear in compressible_linears(model).items():
         out_features, in_features = linear.weight.shape
-        stored = resolve_format(format, out_features, in_features, RANK)
+        stored = format if format in CODED else resolve_format(format, out_features, in_features, RANK)
         assert stored == format
-        without_factors = format in ROUNDED and format not in RESIDUAL
+        without_factors = format in (*ROUNDED, *CODED) and format not in RESIDUAL
         matrices[name] = Matrix(stored, min(linear.weight.shape) if without_factors else RANK)
         packed[name] = packed_weight(linear.weight.detach(), stored, dtype)
     matrices[name] = Matrix("dense", min(linear.weight.shape))

@@ -249,3 +249,14 @@ def anchored(weight: Tensor, x: Tensor, behind: Tensor, alpha: float, damping: f
     rows = torch.cat([behind, math.sqrt(shift) * torch.eye(behind.shape[1], dtype=torch.float64)])
     targets = torch.cat([alpha * x @ weight.T + (1 - alpha) * behind @ weight.T, math.sqrt(shift) * weight.T])
     return torch.linalg.lstsq(rows, targets).solution.T
+
+
+def two_sided_rounded(weight: Tensor, rows: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Z of W (out, in) in order, number by number; steps ``rows`` (out,), ``columns`` (in,), unit upper triangles."""
+    errors, values = torch.zeros_like(weight), torch.zeros_like(weight)
+    for i in range(weight.shape[0]):
+        for j in range(weight.shape[1]):
+            known = sum(left[k, i] * errors[k, m] * right[m, j] for k in range(i + 1) for m in range(j + 1))
+            values[i, j] = ((weight[i, j] + known) / (rows[i] * columns[j])).round()
+            errors[i, j] = weight[i, j] - values[i, j] * rows[i] * columns[j]
+    return values

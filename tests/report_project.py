@@ -63,6 +63,7 @@ def ranks(sigmas: dict[str, np.ndarray], ratio: float, chosen: str = "gates") ->
         "bytes": total,
         "optimality_gap": 4.8e-7,
         "file": None,
+        "steps": None,
         "validation_loss": {"uniform": 5.4312, "fisher": 3.7204, "gates": 3.6581 if chosen == "gates" else 3.7711},
         "matrices": entries,
     }
@@ -71,8 +72,14 @@ def ranks(sigmas: dict[str, np.ndarray], ratio: float, chosen: str = "gates") ->
 def metrics(n_blocks: int) -> dict[str, Any]:
     dense = n_blocks * sum(dense_bytes(*shape) for shape in SHAPES.values())
     return {
-        "ratio": {"target": 0.8, "file": 0.79994},
-        "bytes": {"file": int(dense * 0.8) + 56_700_000, "linears": int(dense * 0.79994), "dense_linears_16bit": dense},
+        "ratio": {"target": 0.8, "file": 0.79994, "memory": 0.79994},
+        "bytes": {
+            "file": int(dense * 0.8) + 56_700_000,
+            "linears": int(dense * 0.79994),
+            "memory": int(dense * 0.79994),
+            "dense_linears_16bit": dense,
+        },
+        "multiply_adds": {"dense": dense // 2, "compressed": int(dense * 0.79994) // 2},
         "pivoting": None,
         "perplexity": {
             "wikipedia": {
@@ -95,7 +102,6 @@ def metrics(n_blocks: int) -> dict[str, Any]:
         },
         "dtype": "float32",
         "machine": "AMD EPYC Processor, 2 threads, torch 2.13.0+cpu",
-        "parameters": {"dense": 134_515_008, "compressed": 113_300_416},
         "generation": GENERATION,
         "generation_dense": "The capital of France is Paris, the city of light.",
     }
@@ -113,7 +119,7 @@ def write(root: Path, *, n_blocks: int = 30, chosen: str = "gates", trained: boo
     ):
         (root / folder).mkdir(parents=True, exist_ok=True)
     found = metrics(n_blocks) | changes
-    apart = ("speed", "memory", "parameters", "dtype", "machine", "process")
+    apart = ("speed", "memory", "dtype", "machine", "process")
     _json(root / "reports/metrics.json", {name: value for name, value in found.items() if name not in apart})
     _json(root / "reports/speed.json", {name: value for name, value in found.items() if name in apart})
     _json(root / "artifacts/train_ranks/ranks.json", ranks(sigmas, 0.8, chosen))
@@ -152,11 +158,13 @@ def write_params(root: Path, **sections: dict[str, Any]) -> None:
 def _entry(sigma: np.ndarray, shape: tuple[int, int], level: float) -> dict[str, Any]:
     rank = max(8, 8 * int((sigma**2 / sum(shape) > level * 1e-6).sum() / 8))
     dense = matrix_bytes("float16", *shape, rank) >= dense_bytes(*shape)
+    kept, format = (min(shape), "dense") if dense else (rank, "float16")
     return {
-        "rank": min(shape) if dense else rank,
-        "format": "dense" if dense else "float16",
+        "rank": kept,
+        "format": format,
         "out_features": shape[0],
         "in_features": shape[1],
+        "bytes": matrix_bytes(format, *shape, kept),
     }
 
 

@@ -37,8 +37,9 @@ from pipeline.config.sections import (
     UpdateWeights,
 )
 from pipeline.runtime.console import run
-from spectrim.compression.methods import UPDATE_METHODS
+from spectrim.compression.methods import RANK_METHODS, UPDATE_METHODS
 from spectrim.errors import ConfigError
+from spectrim.maths.budget import CODED
 
 FILE = Path("params.yaml")
 AT_MOST = {
@@ -147,6 +148,7 @@ def _contradictions(values: Mapping[str, Any], texts: Mapping[str, Text] | None)
             )
     if values.get("train_ranks.method") == "file" and values.get("train_ranks.file", "") is None:
         yield "train_ranks.file: null; method file needs the path of a ranks.json or of a rank file of Dobi-SVD"
+    yield from _of_coded(values)
     if values.get("compression.alternatives"):
         for key, wanted in (("train_ranks.method", "fisher"), ("compression.tie", False), ("remap.format", "same")):
             if key in values and values[key] != wanted:
@@ -157,6 +159,22 @@ def _contradictions(values: Mapping[str, Any], texts: Mapping[str, Text] | None)
     for split in SPLITS:
         if texts is not None and not any(split in text.splits for text in texts.values()):
             yield f"data: no text has a {split} split; give one a share of its documents"
+
+
+def _of_coded(values: Mapping[str, Any]) -> Iterator[str]:
+    """Coded weights have a method of their own, and nothing beside them."""
+    format, method = values.get("compression.format"), RANK_METHODS.get(str(values.get("train_ranks.method")))
+    if format in CODED:
+        wanted = {"compression.alternatives": [], "compression.tie": False, "remap.format": "same"}
+        for key, value in wanted.items():
+            if key in values and values[key] != value:
+                yield f"{key}: {values[key]!r} with compression.format {format}, which needs {value!r} there"
+    if method is not None and format is not None and method.coded != (format in CODED):
+        coded = ", ".join(name for name, other in RANK_METHODS.items() if other.coded)
+        yield (
+            f"train_ranks.method: {values['train_ranks.method']} with compression.format {format}; {coded} is for "
+            f"{', '.join(CODED)}, and no other method is"
+        )
 
 
 def _complaint(item: Any) -> str:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Field, with_config
 from pipeline.config.source_syntax import parse
 from spectrim.compression.methods import RANK_METHODS, UPDATE_METHODS
 from spectrim.errors import SourceError
-from spectrim.maths.budget import FACTORED, ROUNDED
+from spectrim.maths.budget import CODED, FACTORED, ROUNDED
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 SPLITS = ("calibration", "validation", "test")
@@ -55,13 +55,13 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 if TYPE_CHECKING:
-    Factored = str
+    MainFormat = str
     FactoredOrSame = str
     Alternative = str
     UpdateMethodName = str
     RankMethodName = str
 else:  # pydantic reads Literals, mypy takes no computed ones
-    Factored = Literal[FACTORED]
+    MainFormat = Literal[(*FACTORED, *CODED)]
     FactoredOrSame = Literal[("same", *FACTORED)]
     Alternative = Literal[(*FACTORED, *ROUNDED)]
     UpdateMethodName = Literal[tuple(UPDATE_METHODS)]
@@ -98,19 +98,27 @@ class Text:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Compression:
-    """What every compressing stage shares; ``ratio`` = bytes kept / 16-bit bytes of the same linears.
+    """What every compressing stage shares; ``ratio`` = bytes kept in the file / 16-bit bytes of the same linears.
 
-    ``format`` is that of the factors; ``alternatives`` are the formats that a matrix may be stored in instead.
+    ``memory_ratio`` bounds the bytes in memory likewise, null: they are free. Those of coded weights are more than in
+    the file, all others' the same. ``format`` is that of the factors, or of all weights, coded; ``alternatives`` are
+    the formats that a matrix may be stored in instead.
     ``tie`` gives the linears that read the same input (q/k/v, gate/up) one common rank.
     """
 
     ratio: Kept
-    format: Factored
+    memory_ratio: Kept | None
+    format: MainFormat
     alternatives: list[Alternative]
     align: AtLeast1
     tie: bool
     exclude: list[str]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+    @property
+    def kept(self) -> float:
+        """The ratio that the bytes in the file are bounded by where they are those in memory."""
+        return min(self.ratio, self.memory_ratio or self.ratio)
 
 
 @with_config(STRICT)

@@ -87,7 +87,7 @@ def charts(metrics: Metrics) -> str:
     Beside each bar stands the share of bytes kept. The axis begins at 0: by itself Mermaid begins at the least value.
     """
     found = points(metrics)
-    names = ", ".join(_quoted(f"{name}: {ratio:.3f}") for name, ratio, _ in found)
+    names = ", ".join(_quoted(f"{name}: {ratio:.3f}") for name, ratio, *_ in found)
     return "\n\n".join(_chart(text, names, [values[text] for *_, values in found]) for text in metrics["perplexity"])
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from pipeline.report.matrices import RankedMatrix, by_kind
-from pipeline.report.tables import number
+from pipeline.report.tables import SizePoint, number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,9 +198,12 @@ def refinement_figure(curve: "Mapping[str, np.ndarray]") -> "Figure":
 
 
 @_drawn("size")
-def size_figure(points: Sequence[tuple[str, float, Mapping[str, float]]], dense_bytes: int) -> "Figure":
-    """Perplexity (log) over the bytes of the linears, one panel per text, every model named at its point."""
-    texts = list(points[0][2])
+def size_figure(points: Sequence[SizePoint], dense_bytes: int) -> "Figure":
+    """Perplexity (log) over the bytes of the linears, one panel per text, every model named at its point.
+
+    A disc stands at the bytes in the file, a ring at those in memory where they are others.
+    """
+    texts = list(points[0].perplexity)
     n_columns = min(2, len(texts))
     n_rows = -(-len(texts) // n_columns)
     figure = _figure(5.6 * n_columns, 3.4 * n_rows)
@@ -267,17 +270,22 @@ def _depth_legend(figure: "Figure", depth: Any, layers: Sequence[int]) -> None:
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=8)
 
 
-def _size_panel(
-    axes: "Axes", text: str, points: Sequence[tuple[str, float, Mapping[str, float]]], dense: float
-) -> None:
+def _size_panel(axes: "Axes", text: str, points: Sequence[SizePoint], dense: float) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    for name, ratio, values in points:
+    for name, ratio, memory_ratio, values in points:
         ours, plain = name == "Spectrim", name.startswith("dense")
         color = ACCENT if ours else INK if plain else QUANTIZED
         if plain:
             axes.axhline(values[text], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.5)
-        axes.plot([ratio * dense], [values[text]], "o", color=color, markersize=10 if ours else 7)
+        size = 10 if ours else 7
+        axes.plot([ratio * dense], [values[text]], "o", color=color, markersize=size)
+        if memory_ratio != ratio:
+            axes.plot([memory_ratio * dense], [values[text]], "o", color=color, markersize=size, fillstyle="none")
+            axes.annotate(
+                "in memory", (memory_ratio * dense, values[text]), xytext=(0, -14), textcoords="offset points",
+                ha="center", fontsize=8.5,
+            )  # fmt: skip
         axes.annotate(
             f"{name}\n{number(values[text])}",
             (ratio * dense, values[text]),
@@ -287,7 +295,7 @@ def _size_panel(
             fontsize=8.5,
             fontweight="bold" if ours else "normal",
         )
-    values_here = [values[text] for _, _, values in points]
+    values_here = [point.perplexity[text] for point in points]
     axes.set(title=text, yscale="log", xlabel="bytes of the compressed linears, MB", ylabel="perplexity (log)")
     axes.set(xlim=(0, 1.14 * dense), ylim=(min(values_here) / 1.15, max(values_here) * 1.5))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.steps.chosen_format import stored_format
+from pipeline.steps.chosen_format import stored_format, stored_size
 from spectrim.errors import DataError
-from spectrim.maths.budget import FACTORED, RESIDUAL, ROUNDED, Format, dense_bytes, matrix_bytes
+from spectrim.maths.budget import CODED, FACTORED, RESIDUAL, ROUNDED, Format, dense_bytes
 
 _PATH = re.compile(r"^.*?\.(?P<layer>\d+)\.(?P<kind>.+)$")
 _READING_ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj")
@@ -24,6 +24,8 @@ class RankedMatrix:
     in_features: int
     rank: int
     format: Format
+    bytes: int
+    """Of the weight as stored, scales included."""
 
     @property
     def is_dense(self) -> bool:
@@ -36,15 +38,12 @@ class RankedMatrix:
 
     @property
     def label(self) -> str:
-        """The rank; or i4, i8 for rounded weights, with + where factors correct them; nothing where it is dense."""
+        """The rank; i4, i8 for rounded weights, with + where factors correct them; c for coded; nothing for dense."""
         if self.is_factored:
             return str(self.rank)
+        if self.format in CODED:
+            return "c"
         return f"i{ROUNDED[self.format].n_bits}{'+' * (self.format in RESIDUAL)}" if self.format in ROUNDED else ""
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the weight as stored, scales included."""
-        return matrix_bytes(self.format, self.out_features, self.in_features, self.rank)
 
     @property
     def dense_bytes(self) -> int:
@@ -73,7 +72,8 @@ def read_matrices(ranks: Mapping[str, Any], format: Format | None) -> list[Ranke
             )
         shape = {key: entry[key] for key in ("out_features", "in_features", "rank")}
         place = {"name": name, "layer": int(match["layer"]), "kind": match["kind"]}
-        found.append(RankedMatrix(**place, **shape, format=stored_format(entry, format)))
+        stored = stored_format(entry, format)
+        found.append(RankedMatrix(**place, **shape, format=stored, bytes=stored_size(entry, stored)))
     return sorted(found, key=lambda matrix: (_place(matrix.kind), matrix.kind, matrix.layer))
 
 

@@ -13,7 +13,7 @@ from pipeline.report import figures, notes, tables
 from pipeline.report.matrices import RankedMatrix, read_matrices
 from pipeline.steps.metrics import significant
 from spectrim.errors import StorageError
-from spectrim.maths.budget import RESIDUAL, ROUNDED, Format
+from spectrim.maths.budget import CODED, RESIDUAL, ROUNDED, Format
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,6 +158,7 @@ def _text(
         "n_dense": sum(matrix.is_dense for matrix in found),
         "n_factored": sum(matrix.is_factored for matrix in found),
         "n_corrected": sum(matrix.format in RESIDUAL for matrix in found),
+        "n_coded": sum(matrix.format in CODED for matrix in found),
         "n_rounded": sum(matrix.format in ROUNDED and matrix.format not in RESIDUAL for matrix in found),
         "chosen": ranks["chosen"],
         "candidates": tables.candidates_table(ranks),
@@ -180,6 +181,8 @@ def _subtitle(params: Params, ranks: Mapping[str, Any]) -> str:
     return (
         f"{model} · ratio {params.compression.ratio:g} · {_factors(params)} factors · "
         f"ranks from {ranks['chosen']} · weights by {params.update_weights.method}"
+        if ranks["steps"] is None
+        else f"{model} · ratio {params.compression.ratio:g} · coded weights"
     )
 
 
@@ -194,6 +197,7 @@ def _recipe(
     ranks: Mapping[str, Any],
     found: Sequence[RankedMatrix],
 ) -> tables.Table:
+    steps = ranks["steps"]
     rows = [
         ("model", params.model.source),
         (
@@ -208,6 +212,7 @@ def _recipe(
         ),
         *([("knapsack", note)] if (note := notes.gap_note(ranks)) else []),
         ("weights", params.update_weights.method),
+        *([("step", f"{min(steps):.3g} – {max(steps):.3g} of a number that weighs 1")] if steps else []),
         ("stored as", ", ".join(f"{name}: {count}" for name, count in Counter(m.format for m in found).most_common())),
         *([("rows", note)] if (note := notes.pivoting_note(metrics)) else []),
     ]

@@ -8,12 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from pipeline.report.matrices import RankedMatrix, by_kind
-
-if TYPE_CHECKING:
-    pass
 
 Metrics = Mapping[str, Any]
 
@@ -85,8 +82,13 @@ def headlines(metrics: Metrics) -> list[Headline]:
         Headline(
             "Linear weights kept",
             f"{100 * metrics['ratio']['file']:.1f} %",
-            f"{megabytes(linears)} of {megabytes(dense)}; asked for {100 * metrics['ratio']['target']:g} %",
-        )
+            f"{megabytes(linears)} of {megabytes(dense)} in the file; asked for {100 * metrics['ratio']['target']:g} %",
+        ),
+        Headline(
+            "Linear weights in memory",
+            f"{100 * metrics['ratio']['memory']:.1f} %",
+            f"{megabytes(metrics['bytes']['memory'])} of {megabytes(dense)}",
+        ),
     ]
     top += [
         Headline(
@@ -114,15 +116,29 @@ def headlines(metrics: Metrics) -> list[Headline]:
     return top
 
 
-def points(metrics: Metrics) -> list[tuple[str, float, dict[str, float]]]:
-    """(name, ratio, perplexity per text) of the dense model, the baselines and the compressed one, largest first."""
-    texts = metrics["perplexity"]
+class SizePoint(NamedTuple):
+    """One model: the shares of its 16-bit bytes that are in the file and in memory, and its perplexity on each text."""
+
+    name: str
+    ratio: float
+    memory_ratio: float
+    perplexity: Mapping[str, float]
+
+
+def points(metrics: Metrics) -> list[SizePoint]:
+    """The dense model, the baselines and the compressed one, the largest file first."""
+    texts, ours = metrics["perplexity"], metrics["ratio"]
     found = [
-        ("dense, 16 bit", 1.0, {text: entry["dense"] for text, entry in texts.items()}),
-        ("Spectrim", metrics["ratio"]["file"], {text: entry["compressed"] for text, entry in texts.items()}),
+        SizePoint("dense, 16 bit", 1.0, 1.0, {text: entry["dense"] for text, entry in texts.items()}),
+        SizePoint(
+            "Spectrim", ours["file"], ours["memory"], {text: entry["compressed"] for text, entry in texts.items()}
+        ),
     ]
-    found += [(_baseline(name), entry["ratio"], entry["perplexity"]) for name, entry in metrics["baselines"].items()]
-    return sorted(found, key=lambda point: (-point[1], point[0]))
+    found += [
+        SizePoint(_baseline(name), entry["ratio"], entry["ratio"], entry["perplexity"])
+        for name, entry in metrics["baselines"].items()
+    ]
+    return sorted(found, key=lambda point: (-point.ratio, point.name))
 
 
 def _baseline(name: str) -> str:
@@ -134,13 +150,13 @@ def _baseline(name: str) -> str:
 def perplexity_table(metrics: Metrics) -> Table:
     """Size and perplexity of the compressed model beside the dense one and plain quantization."""
     texts, dense = list(metrics["perplexity"]), metrics["bytes"]["dense_linears_16bit"]
-    columns = ["model", "linears", "ratio"]
+    columns = ["model", "in the file", "ratio", "in memory"]
     for text in texts:
         columns += [text, "against dense"]
     rows = []
     listed = points(metrics)
-    for name, ratio, perplexity in listed:
-        row = [name, megabytes(ratio * dense), f"{ratio:.3f}"]
+    for name, ratio, memory_ratio, perplexity in listed:
+        row = [name, megabytes(ratio * dense), f"{ratio:.3f}", megabytes(memory_ratio * dense)]
         for text in texts:
             reference = metrics["perplexity"][text]["dense"]
             row += [number(perplexity[text]), change(perplexity[text], reference) if ratio < 1 else "–"]
@@ -220,9 +236,8 @@ def running_table(metrics: Metrics) -> Table:
         (_MEMORY.get(part, part), megabytes(entry["dense"]), megabytes(entry["compressed"]), _factor(entry))
         for part, entry in metrics["memory"].items()
     ]
-    if "parameters" in metrics:
-        entry = metrics["parameters"]
-        rows.append(("Numbers stored", f"{entry['dense']:,}", f"{entry['compressed']:,}", _factor(entry)))
+    entry = metrics["multiply_adds"]
+    rows.append(("Multiply-adds a token, linears", f"{entry['dense']:,}", f"{entry['compressed']:,}", _factor(entry)))
     return Table(("", "dense", "compressed", "compressed / dense"), tuple(rows))
 
 

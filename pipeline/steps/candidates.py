@@ -17,8 +17,10 @@ from pipeline.runtime.snapshots import Snapshots
 from pipeline.steps import rounded_blocks as rounding
 from pipeline.steps.model_folders import load_model
 from pipeline.steps.rank_files import compared, read_rank_file
+from pipeline.steps.ranks_table import described
 from pipeline.steps.spectra_file import NAME as SPECTRA
 from pipeline.steps.spectra_file import read_tokens
+from spectrim.checkpoint.layout import Matrix
 from spectrim.compression.methods import RANK_METHODS
 from spectrim.compression.rank_training import RankTraining, Step, validation_loss
 from spectrim.compression.statistics import gram_of, inputs_of
@@ -74,7 +76,7 @@ class RankSearch:
         self.blocks = linears_by_block(self.model, shared.exclude)
         self.linears = {name: module for block in self.blocks.values() for name, module in block.items()}
         self.shapes = [(module.out_features, module.in_features) for module in self.linears.values()]
-        self.budget_bytes = budget.budget_bytes(self.shapes, shared.ratio)
+        self.budget_bytes = budget.budget_bytes(self.shapes, shared.kept)
         self.optimality_gap: float | None = None
         self.formats: dict[str, Format] = {}  # of the matrices, where there are alternatives
         self.file: dict[str, Any] | None = None
@@ -85,7 +87,7 @@ class RankSearch:
     def uniform(self) -> Ranks:
         """The same share of bytes for every matrix."""
         shared = self.shared
-        found = allocation.uniform(self.shapes, shared.ratio, shared.format, shared.align, self.groups)
+        found = allocation.uniform(self.shapes, shared.kept, shared.format, shared.align, self.groups)
         return dict(zip(self.linears, found, strict=True))
 
     def svd_llm_v2(self) -> Ranks:
@@ -97,7 +99,7 @@ class RankSearch:
         energies = [spectra[f"input.{name}"] ** 2 * n_tokens for name in self.linears]
         shared = self.shared
         found = allocation.svd_llm_v2(
-            energies, list(kinds.values()), self.shapes, shared.ratio, shared.format, shared.align, self.groups
+            energies, list(kinds.values()), self.shapes, shared.kept, shared.format, shared.align, self.groups
         )
         return dict(zip(self.linears, found, strict=True))
 
@@ -198,31 +200,15 @@ class RankSearch:
 
     def describe(self, ranks: Ranks) -> dict[str, Any]:
         """ranks.json without its `chosen` and `validation_loss`."""
-        matrices = {}
-        total = 0
-        for name, rank in ranks.items():
-            out_features, in_features = self._shape(name)
-            format = self._format(name, rank)
-            total += budget.matrix_bytes(format, out_features, in_features, rank)
-            matrices[name] = {
-                "rank": rank,
-                "format": format,
-                "out_features": out_features,
-                "in_features": in_features,
-            }
-        return {
-            "version": 1,
-            "method": self.settings.method,
-            "ratio": self.shared.ratio,
-            "format": self.shared.format,
-            "align": self.shared.align,
-            "tie": self.shared.tie,
-            "budget_bytes": self.budget_bytes,
-            "bytes": total,
-            "optimality_gap": self.optimality_gap,
-            "file": self.file,
-            "matrices": matrices,
+        matrices = {name: Matrix(self._format(name, rank), rank) for name, rank in ranks.items()}
+        shapes = {name: self._shape(name) for name in ranks}
+        n_bytes = {
+            name: budget.matrix_bytes(matrix.format, *shapes[name], matrix.rank) for name, matrix in matrices.items()
         }
+        return described(
+            self.shared, self.settings.method, matrices, shapes, n_bytes,
+            optimality_gap=self.optimality_gap, file=self.file,
+        )  # fmt: skip
 
     def _project(self, truncations: list[float]) -> Ranks:
         shared = self.shared

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from spectrim.maths.budget import Format, resolve_format
+from spectrim.maths.budget import Format, matrix_bytes, resolve_format
 
 
 def stored_format(entry: Mapping[str, Any], format: Format | None) -> Format:
@@ -12,3 +12,11 @@ def stored_format(entry: Mapping[str, Any], format: Format | None) -> Format:
         chosen: Format = entry["format"]
         return chosen
     return resolve_format(format, entry["out_features"], entry["in_features"], entry["rank"])
+
+
+def stored_size(entry: Mapping[str, Any], format: Format) -> int:
+    """Bytes of a matrix of ranks.json in ``format``: those it was chosen with, where that is its own."""
+    if format == entry["format"]:
+        chosen: int = entry["bytes"]
+        return chosen
+    return matrix_bytes(format, entry["out_features"], entry["in_features"], entry["rank"])

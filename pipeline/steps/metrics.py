@@ -34,8 +34,9 @@ def collect(
         generation: what the compressed model wrote.
     """
     found = {
-        "ratio": {"target": target_ratio, "file": stored["ratio"]},
-        "bytes": {name: stored[name] for name in ("file", "linears", "dense_linears_16bit")},
+        "ratio": {"target": target_ratio, "file": stored["ratio"], "memory": stored["memory_ratio"]},
+        "bytes": {name: stored[name] for name in ("file", "linears", "memory", "dense_linears_16bit")},
+        "multiply_adds": {"dense": stored["dense_linears_16bit"] // 2, "compressed": stored["multiply_adds"]},
         "pivoting": pivoting(matrices),
         "perplexity": {
             text: {
@@ -71,7 +72,7 @@ def significant(value: Any) -> Any:
 def write_tables(metrics: Mapping[str, Any], folder: Path) -> None:
     """size_perplexity.csv and tasks.csv in ``folder``, one row per point of a figure."""
     tables: dict[str, tuple[Row, list[Row]]] = {
-        "size_perplexity": (("text", "model", "ratio", "perplexity"), _size_perplexity(metrics)),
+        "size_perplexity": (("text", "model", "ratio", "memory_ratio", "perplexity"), _size_perplexity(metrics)),
         "tasks": (("task", "model", "score"), _by_side(metrics["tasks"])),
     }
     with fresh_folder(folder) as out:
@@ -111,10 +112,12 @@ def _task(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[str, 
 def _size_perplexity(metrics: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = []
     for text, entry in metrics["perplexity"].items():
-        rows.append((text, "dense", 1.0, entry["dense"]))
-        rows.append((text, "spectrim", metrics["ratio"]["file"], entry["compressed"]))
+        ours = metrics["ratio"]
+        rows.append((text, "dense", 1.0, 1.0, entry["dense"]))
+        rows.append((text, "spectrim", ours["file"], ours["memory"], entry["compressed"]))
         rows += [
-            (text, name, other["ratio"], other["perplexity"][text]) for name, other in metrics["baselines"].items()
+            (text, name, other["ratio"], other["ratio"], other["perplexity"][text])
+            for name, other in metrics["baselines"].items()
         ]
     return rows
 

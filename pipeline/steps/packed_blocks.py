@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.steps.chosen_format import stored_format
+from pipeline.steps.chosen_format import stored_format, stored_size
 from pipeline.steps.factor_files import read_factors, read_facts, read_rounded
 from spectrim.checkpoint.layout import Matrix
 from spectrim.errors import BudgetError
-from spectrim.formats.packing import Packed, pack, pack_rounded
-from spectrim.maths.budget import INT8_FACTORS, Format, matrix_bytes
+from spectrim.formats.packing import Packed, pack, pack_coded, pack_rounded
+from spectrim.maths.budget import INT8_FACTORS, Format
+from spectrim.maths.two_sided_rounding import Stepped
 
 PACKED = "packed.safetensors"
 
@@ -29,7 +30,7 @@ def choose(entry: Mapping[str, Any], format: Format | None) -> Matrix:
 def require_within(matrices: Mapping[str, Matrix], ranks: Mapping[str, Any], format: Format | None) -> None:
     """Raise BudgetError when the matrices as stored take more bytes than their ranks were chosen under."""
     needed = sum(
-        matrix_bytes(matrix.format, entry["out_features"], entry["in_features"], matrix.rank)
+        stored_size(entry, matrix.format)
         for matrix, entry in zip(matrices.values(), ranks["matrices"].values(), strict=True)
     )
     if needed > ranks["budget_bytes"]:
@@ -57,7 +58,11 @@ def pack_block(
             packed[name] = pack(factors, format, half, grams(name) if format in INT8_FACTORS else None)
     for file in files[1:]:
         for name, (weight, residual) in read_rounded(file).items():
-            packed[name] = pack_rounded(weight, matrices[name].format, residual, half)
+            packed[name] = (
+                pack_coded(weight)
+                if isinstance(weight, Stepped)
+                else pack_rounded(weight, matrices[name].format, residual, half)
+            )
     tensors = {f"{name}.{suffix}": tensor for name in sorted(packed) for suffix, tensor in packed[name].tensors.items()}
     facts = {name: matrix.facts for name, matrix in sorted(packed.items())}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}

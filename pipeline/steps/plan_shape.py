@@ -94,7 +94,7 @@ class Plan:
     def ranks(self) -> list[int | None]:
         """Of one block's linears; None: dense."""
         shared, shapes = self.params.compression, self.shape.linears
-        found = uniform(shapes, shared.ratio, shared.format, shared.align)
+        found = uniform(shapes, shared.kept, shared.format, shared.align)
         factored = [
             resolve_format(shared.format, *shape, rank) != "dense" for shape, rank in zip(shapes, found, strict=True)
         ]

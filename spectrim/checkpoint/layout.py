@@ -38,9 +38,10 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spectrim.errors import CheckpointError
+from spectrim.formats.coding import HEAD, content_size
 from spectrim.formats.stored_linear import stored_tensors
 from spectrim.maths.budget import Format, dense_bytes
-from spectrim.maths.storage_formats import FORMATS
+from spectrim.maths.storage_formats import FORMATS, UNKNOWN
 
 METHOD = "spectrim"
 VERSION = 1
@@ -193,7 +194,7 @@ def check_matrix(name: str, matrix: Matrix, found: Mapping[str, tuple[str, tuple
             state = "missing" if suffix not in found else "not part of the format"
             raise CheckpointError(f"{name}.{suffix}: {state} ({matrix.format}); build or fetch the checkpoint again")
         (code, shape), (wanted, dtype) = found[suffix], expected[suffix]
-        if shape != wanted or CODES.get(code) not in ([dtype] if dtype else HALF.values()):
+        if not _fits(shape, wanted) or CODES.get(code) not in ([dtype] if dtype else HALF.values()):
             kind = str(dtype or "16-bit").removeprefix("torch.")
             raise CheckpointError(
                 f"{name}.{suffix}: is {code} {shape}, {matrix.format} of rank {matrix.rank} requires {kind} {wanted}; "
@@ -205,6 +206,12 @@ def check_matrix(name: str, matrix: Matrix, found: Mapping[str, tuple[str, tuple
             "build or fetch the checkpoint again"
         )
     return out_features, in_features
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return len(shape) == len(wanted) and all(
+        size in (found, UNKNOWN) for found, size in zip(shape, wanted, strict=True)
+    )
 
 
 def by_module(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
@@ -230,11 +237,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_bytes(folder: str | Path) -> dict[str, Any]:
-    """What a checkpoint takes, from its files' headers alone: bytes of the files and of the listed matrices.
+    """What a checkpoint takes: bytes of the files, of the listed matrices in them, and of these in memory.
+
+    From the headers alone, of the files and of coded weights; in memory other than these are what they are in the file.
 
     Returns:
-        ``{"file": all safetensors files, "linears": tensors of the listed matrices without biases,
-        "dense_linears_16bit": 2·Σ out·in of them, "ratio": linears / dense_linears_16bit}``
+        ``{"file": all safetensors files, "linears": tensors of the listed matrices without biases, "memory": those
+        when loaded, "dense_linears_16bit": 2·Σ out·in of them, "ratio": linears / dense_linears_16bit, "memory_ratio":
+        memory / dense_linears_16bit, "multiply_adds": of a token with the listed matrices}``
 
     Raises:
         CheckpointError: not a Spectrim checkpoint, or a tensor of it is missing.
@@ -244,10 +254,26 @@ def read_bytes(folder: str | Path) -> dict[str, Any]:
     entries = headers(files)
     check_half(entries, HALF[config.stored_dtype])
     modules = by_module(entries)
-    linears = dense = 0
+    linears = memory = dense = multiply_adds = 0
     for name, matrix in config.listed.items():
         found = modules.get(name, {})
-        dense += dense_bytes(*check_matrix(name, matrix, {suffix: entry[:2] for suffix, entry in found.items()}))
-        linears += sum(CODES[entry.dtype].itemsize * prod(entry.shape) for entry in found.values())
+        shape = check_matrix(name, matrix, {suffix: entry[:2] for suffix, entry in found.items()})
+        dense += dense_bytes(*shape)
+        multiply_adds += FORMATS[matrix.format].multiply_adds(*shape, matrix.rank)
+        n_bytes = {suffix: CODES[entry.dtype].itemsize * prod(entry.shape) for suffix, entry in found.items()}
+        linears += sum(n_bytes.values())
+        if FORMATS[matrix.format].coded:
+            n_bytes["weight"] = _decoded_bytes(name, found["weight"])
+        memory += sum(n_bytes.values())
     size = sum(file.stat().st_size for file in files)
-    return {"file": size, "linears": linears, "dense_linears_16bit": dense, "ratio": linears / dense}
+    ratios = {"ratio": linears / dense, "memory_ratio": memory / dense, "multiply_adds": multiply_adds}
+    return {"file": size, "linears": linears, "memory": memory, "dense_linears_16bit": dense, **ratios}
+
+
+def _decoded_bytes(name: str, code: Entry) -> int:
+    with safe_open(code.file, framework="pt") as opened:
+        head = opened.get_slice(f"{name}.weight")[:HEAD]
+    try:
+        return content_size(head.numpy().tobytes())
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}.weight: {error}; build or fetch the checkpoint again") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from spectrim.checkpoint.layout import HALF, METHOD, Entry, SpectrimConfig, by_module, check_half, check_matrix, headers
 from spectrim.errors import CheckpointError
+from spectrim.formats.coded_linear import CodedLinear
 from spectrim.formats.kinds import kind_of
 from spectrim.formats.shared_input import share
 from spectrim.formats.stored_linear import StoredLinear, stored_tensors
@@ -78,10 +80,7 @@ class SpectrimQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         # transformers forbids quantized models half() and float(); here integers and scales stay as they are
         setattr(model, "is_quantized", False)  # noqa: B010 - nn.Module declares every attribute a tensor or a module
-        for module in model.modules():
-            if isinstance(module, StoredLinear):
-                offloaded = hasattr(module, "_hf_hook")  # accelerate puts the files' tensors into place for each call
-                module.lay_out(None if offloaded else model.dtype)
+        _lay_out(model)
         share(same_input(model))
         return model
 
@@ -106,6 +105,8 @@ class SpectrimQuantizer(HfQuantizer):
             weight, has_bias = linear.weight, linear.bias is not None
             kind, size = kind_of(matrix.format), (shape[1], shape[0])
             module = kind(*size, matrix.rank, matrix.format, has_bias, device=weight.device, dtype=weight.dtype)
+            if isinstance(module, CodedLinear):
+                module.expect(found["weight"][1][0])
             replace(model, name, module)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -134,6 +135,22 @@ def _plain_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMode
         linear.bias = module.bias
         replace(model, name, linear.train(module.training))
     return model
+
+
+def _lay_out(model: PreTrainedModel) -> None:
+    """Let every stored linear take on its order in memory; codes are decoded by as many threads as torch has."""
+
+    def lay_out(name: str, module: StoredLinear) -> None:
+        offloaded = hasattr(module, "_hf_hook")  # accelerate puts the files' tensors into place for each call
+        try:
+            module.lay_out(None if offloaded else model.dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}.weight: {error}; build or fetch the checkpoint again") from None
+
+    stored = [item for item in model.named_modules() if isinstance(item[1], StoredLinear)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for done in [threads.submit(lay_out, *item) for item in stored]:
+            done.result()
 
 
 def _half_suffixes(format: Format) -> set[str]:

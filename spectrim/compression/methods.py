@@ -52,26 +52,28 @@ class RankMethod:
 
     Args:
         meaning: in words.
-        reads: what it needs beside shapes and budget: ``spectra``, ``factors``, ``windows``, ``file``.
+        reads: what it needs beside shapes and budget: ``spectra``, ``factors``, ``grams``, ``windows``, ``file``.
         proposed_by: method of ``RankSearch`` that proposes the ranks; None of a trained method.
         modules: method of ``RankSearch`` that makes the linears to train, of a trained one.
         starts_from: the method whose ranks a training begins with, of a trained one.
+        coded: whether it is that of coded weights, which have no ranks.
         ties: whether linears that read one input share their trained position.
         source: author, year and arXiv id.
     """
 
     meaning: str
-    reads: tuple[Literal["spectra", "factors", "windows", "file"], ...]
+    reads: tuple[Literal["spectra", "factors", "grams", "windows", "file"], ...]
     proposed_by: str | None = None
     modules: str | None = None
     starts_from: str | None = None
+    coded: bool = False
     ties: bool = False
     source: str = "–"
 
     @property
     def trained(self) -> bool:
         """Whether the ranks are learned by gradient."""
-        return self.proposed_by is None
+        return self.modules is not None
 
 
 UPDATE_METHODS: dict[str, UpdateMethod] = {
@@ -151,6 +153,9 @@ RANK_METHODS: dict[str, RankMethod] = {
         source="Wang et al. 2025, arXiv:2503.12340",
     ),
     "fisher": RankMethod("least predicted loss under the budget", reads=("spectra",), proposed_by="fisher"),
+    "step": RankMethod(
+        "none: one step for all coded weights, so large that their code fills the budget", reads=("grams",), coded=True
+    ),
     "file": RankMethod("ranks from a file, put onto the budget", reads=("file",), proposed_by="from_file"),
 }
 

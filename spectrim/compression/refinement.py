@@ -25,18 +25,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spectrim.compression.rounded_training import RoundedTraining
+from spectrim.compression.stepped_training import SteppedTraining
 from spectrim.errors import NumericalError
 from spectrim.formats.lowrank_linear import LowRankLinear
 from spectrim.maths.losses import divergence, token_loss
 from spectrim.maths.lowrank import Factors
-from spectrim.maths.quantization import Quantized, balance
+from spectrim.maths.quantization import balance
+from spectrim.maths.residual import RoundedWeight
 from spectrim.maths.sampling import in_rounds
 from spectrim.maths.schedule import BETAS, course
+from spectrim.maths.two_sided_rounding import Stepped
 from spectrim.models.blocks import logits
 from spectrim.models.modules import block_vectors, decoder_blocks, replace
 
 if TYPE_CHECKING:  # importing it takes seconds, and a result of the store needs no model
     from transformers import PreTrainedModel
+
+StepsTraining = RoundedTraining | SteppedTraining
+"""What stands in for a rounded weight."""
 
 CLIP = 1.0  # norm of the gradient over all that has one learning rate
 PARTS = ("parameter", "mean", "square")  # of a run's state
@@ -62,18 +68,23 @@ def attach_factors(model: nn.Module, factors: Mapping[str, Factors]) -> dict[str
 
 
 def attach_rounded(
-    model: nn.Module, rounded: Mapping[str, tuple[Quantized, Factors | None]]
-) -> dict[str, RoundedTraining]:
+    model: nn.Module, rounded: Mapping[str, RoundedWeight]
+) -> dict[str, RoundedTraining | SteppedTraining]:
     """Put rounded weights in the place of the linears of their names, with the factors of what rounding lost.
 
     Args:
         model: changed in place.
-        rounded: linear name -> values (out, in) and scale, and left (out, rank), right (rank, in) or None.
+        rounded: linear name -> values (out, in) and their steps, and left (out, rank), right (rank, in) or None.
     """
-    modules = {}
+    modules: dict[str, StepsTraining] = {}
     for name, (weight, residual) in rounded.items():
         linear: Any = model.get_submodule(name)
-        modules[name] = RoundedTraining(weight, residual, linear.bias).to(linear.weight.device)
+        module = (
+            SteppedTraining(weight, linear.bias)
+            if isinstance(weight, Stepped)
+            else RoundedTraining(weight, residual, linear.bias)
+        )
+        modules[name] = module.to(linear.weight.device)
         replace(model, name, modules[name])
     return modules
 
@@ -114,7 +125,7 @@ class StoredTraining:
         self,
         model: PreTrainedModel,
         factored: Mapping[str, LowRankLinear],
-        rounded: Mapping[str, RoundedTraining],
+        rounded: Mapping[str, StepsTraining],
         windows: Tensor,
         expected: Tensor,
         *,
@@ -234,7 +245,7 @@ class StoredTraining:
             for name, module in self._factored.items()
         }
 
-    def rounded(self) -> dict[str, tuple[Quantized, Factors | None]]:
+    def rounded(self) -> dict[str, RoundedWeight]:
         """The rounded weights as they are now, and their factors; on the CPU."""
         return {name: module.stored() for name, module in self._rounded.items()}
 

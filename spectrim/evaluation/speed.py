@@ -75,13 +75,6 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(_storages(model).values())
 
 
-def n_parameters(model: nn.Module) -> int:
-    """Numbers that a checkpoint of the model holds: weights, biases, factors and scales; tied ones count once."""
-    # not by storage: parts of one tensor, as q/k/v share, are as many as they are
-    tensors = {tensor.data_ptr(): tensor.numel() for tensor in model.parameters()}
-    return sum(tensors.values())
-
-
 def peak_bytes(model: PreTrainedModel, *, prefill_tokens: int, decode_tokens: int) -> int:
     """``weight_bytes`` + the most bytes of other tensors alive at once during one prefill and its decode steps.
 

@@ -1,11 +1,12 @@
 """The module that multiplies with what a storage format keeps."""
 
+from spectrim.formats.coded_linear import CodedLinear
 from spectrim.formats.lowrank_linear import LowRankLinear
 from spectrim.formats.quantized_linear import QuantizedLinear
 from spectrim.formats.stored_linear import StoredLinear
 from spectrim.maths.budget import Format
 
-KINDS: tuple[type[StoredLinear], ...] = (LowRankLinear, QuantizedLinear)
+KINDS: tuple[type[StoredLinear], ...] = (LowRankLinear, QuantizedLinear, CodedLinear)
 
 
 def kind_of(format: Format) -> type[StoredLinear]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import CheckpointError
+from spectrim.formats.coding import encode, split
 from spectrim.formats.stored_linear import stored_tensors
 from spectrim.maths import quantization
 from spectrim.maths.budget import Format
@@ -15,6 +16,7 @@ from spectrim.maths.lowrank import Factors
 from spectrim.maths.pivoting import pivot
 from spectrim.maths.quantization import Quantized, balance, principal
 from spectrim.maths.storage_formats import FORMATS, StorageFormat
+from spectrim.maths.two_sided_rounding import Stepped
 
 PIVOTING = ("condition", "exchanges")
 """What ``maths.pivoting.Pivoted`` has to say of a choice of rows."""
@@ -87,6 +89,12 @@ def pack_rounded(
     if residual is None:
         return Packed(packed)
     return Packed(packed | _sides(_even(residual, chosen), "right", dtype, _int8_rows(format, residual)))
+
+
+def pack_coded(weight: Stepped) -> Packed:
+    """A weight with a step per row and column, its integers entropy coded."""
+    code = encode(split(weight.values))
+    return Packed({"weight": code, "weight_scale": weight.rows, "input_scale": weight.columns})
 
 
 def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from spectrim.errors import ModelError
 from spectrim.maths.budget import Format
 from spectrim.maths.quantization import dequantize_int8
-from spectrim.maths.storage_formats import FORMATS
+from spectrim.maths.storage_formats import FORMATS, UNKNOWN
 
 
 class Stored(NamedTuple):
-    """One tensor of a stored matrix: its shape, and its dtype or None for the 16-bit dtype of the checkpoint."""
+    """One tensor of a stored matrix: its shape, and its dtype or None for the 16-bit dtype of the checkpoint.
+
+    A size may be UNKNOWN.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -83,7 +86,8 @@ class StoredLinear(nn.Module):
         for suffix in self.optional:
             self.register_parameter(suffix, None)
         for suffix, stored in stored_tensors(format, out_features, in_features, rank).items():
-            tensor = torch.empty(stored.shape, dtype=stored.dtype or dtype, device=device)
+            shape = [0 if size == UNKNOWN else size for size in stored.shape]
+            tensor = torch.empty(shape, dtype=stored.dtype or dtype, device=device)
             self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
         empty_bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", empty_bias)

@@ -5,7 +5,7 @@ python -m spectrim.formats.table
 
 from collections.abc import Callable, Sequence
 
-from spectrim.maths.budget import dense_bytes, matrix_bytes
+from spectrim.maths.budget import CODED, dense_bytes, matrix_bytes
 from spectrim.maths.storage_formats import FORMATS, Shape
 
 SHAPES: tuple[Shape, ...] = ((4096, 4096), (11008, 4096), (1536, 576), (192, 576))
@@ -15,11 +15,12 @@ SHAPES: tuple[Shape, ...] = ((4096, 4096), (11008, 4096), (1536, 576), (192, 576
 def tables() -> list[str]:
     """Markdown: what each format keeps and loses; the bytes of SHAPES; their share of the 16-bit weight's."""
     order = sorted(FORMATS, key=lambda name: name != "dense")  # the weight itself first, the others as declared
+    sized = [name for name in order if name not in CODED]  # the content decides on the bytes of those
     words = [[f"`{name}`", FORMATS[name].keeps, FORMATS[name].error] for name in order]
     return [
         _markdown(["format", "what is stored", "error"], words),
-        _of_shapes(order, lambda name, shape: f"{_bytes(name, shape):,}"),
-        _of_shapes(order, lambda name, shape: "1" if name == "dense" else f"{_share(name, shape):.4f}"),
+        _of_shapes(sized, lambda name, shape: f"{_bytes(name, shape):,}"),
+        _of_shapes(sized, lambda name, shape: "1" if name == "dense" else f"{_share(name, shape):.4f}"),
     ]
 
 

@@ -26,6 +26,9 @@ INT8_FACTORS: tuple[Format, ...] = tuple(named(lambda format: format.needs_gram)
 ROUNDED: dict[Format, Grid] = {name: format.grid for name, format in FORMATS.items() if format.grid is not None}
 """The formats that hold a rounded weight, and its grid."""
 
+CODED: tuple[Format, ...] = tuple(named(lambda format: format.coded))
+"""The formats whose bytes only their content says."""
+
 RESIDUAL: tuple[Format, ...] = tuple(name for name in ROUNDED if FORMATS[name].has_factors)
 """Those of them with factors of W minus its rounded weight."""
 
@@ -41,12 +44,14 @@ def matrix_bytes(format: Format, out: int, in_: int, rank: float) -> int:
     A fractional rank, as training has them, is interpolated and rounded down.
 
     Raises:
-        BudgetError: the rank is not in (0, min(out, in)], the format is unknown, or it packs several inputs into a byte
-            and their number fills no whole bytes.
+        BudgetError: the rank is not in (0, min(out, in)], the format is unknown or one of CODED, or it packs several
+            inputs into a byte and their number fills no whole bytes.
     """
     if format not in FORMATS:
         raise BudgetError(f"format {format!r} is none of {', '.join(FORMATS)}")
     chosen = FORMATS[format]
+    if chosen.coded:
+        raise BudgetError(f"format {format}: its bytes are those of its code, which is to be made first")
     if chosen.grid is not None and not fills_bytes(chosen.grid, in_):
         raise BudgetError(
             f"int{chosen.grid.n_bits} of a ({out}, {in_}) matrix: to fill whole bytes, a number of inputs is required "

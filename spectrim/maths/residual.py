@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 
 from spectrim.maths.compensation import compensated
-from spectrim.maths.lowrank import Decomposition, smaller_root, two_sided
+from spectrim.maths.lowrank import Decomposition, Factors, smaller_root, two_sided
 from spectrim.maths.quantization import Quantized, dequantize
 from spectrim.maths.storage_formats import Grid
+from spectrim.maths.two_sided_rounding import Stepped
 from spectrim.maths.whitening import weighing
+
+RoundedWeight = tuple[Quantized | Stepped, Factors | None]
+"""A rounded weight, and the factors of what rounding lost where it has some."""
 
 
 class Rounded(NamedTuple):

@@ -8,6 +8,7 @@ A weight W is (out, in), its rank r <= n = min(out, in). A format puts together
     pivoted factors     W = [I; C] Rᵀ   r of W's own rows Rᵀ and the coefficients C (out - r, r) of the others, its rows
                                         put in ``order``: r (out + in - r) numbers
     both                W ≈ Q + L Rᵀ    factors of what rounding lost
+    a coded weight      W ≈ r ⊙ Z ⊙ c   integers of any size, a step r per row and c per column; Z is entropy coded
 
 Nothing of that is the dense weight in 16 bit. A format that combines them in another way is one more entry of FORMATS:
 the values that params.yaml takes, the budget, the knapsack, packing, modules, checkpoints, the tables of the docs
@@ -27,6 +28,11 @@ The tensors, as they lie in memory and, with the linear's name before them, in a
     order         int32         (out,)             pivoted factors     W = [Rᵀ; C Rᵀ][order]
     left, right   16-bit, int8  (out, r), (in, r)  a rounded weight    L and R, which has a name of its own beside Q
     X_scale       float32       (out,), (r,)       and factors
+    weight        uint8         (n,)               a coded weight      Z: one zstd frame, see formats/coding.py
+    weight_scale  float16       (out,)                                 r
+    input_scale   float16       (in,)                                  c
+
+All but a coded weight lie in memory as in the file. That one is decoded when it is loaded, to a byte a number.
 
 ``weight`` has the shape of the dense weight in no other format, so that a load that knows nothing of formats ends with
 a size mismatch instead of random weights.
@@ -51,6 +57,9 @@ Shape = tuple[int, int]
 
 WIDTHS = {None: 2, "int8": 1, "uint8": 1, "int32": 4, "float16": 2, "float32": 4}
 """Bytes of a number; None is the 16-bit dtype of the checkpoint."""
+
+UNKNOWN = -1
+"""In the place of a size that the content decides."""
 
 GROUP = 64
 """Inputs that share a scale in int4 and int3 where the format's name has no other, and it divides their number."""
@@ -106,7 +115,8 @@ class StorageFormat:
 
     ``keeps`` and ``error`` say in words what is kept and what that loses. ``grid``: of a rounded weight.
     ``int8_rows``: (rows of a factor, shorter side of the weight) -> how many of those rows are int8, where there are
-    factors. ``pivoted``: the factors are rows of the weight and coefficients.
+    factors. ``pivoted``: the factors are rows of the weight and coefficients. ``coded``: its bytes are known when it is
+    made.
     """
 
     keeps: str
@@ -114,6 +124,7 @@ class StorageFormat:
     grid: Grid | None = None
     int8_rows: Callable[[int, int], int] | None = None
     pivoted: bool = False
+    coded: bool = False
 
     @property
     def has_factors(self) -> bool:
@@ -137,6 +148,10 @@ class StorageFormat:
 
     def tensors(self, out: int, in_: int, rank: int) -> Layouts:
         """Suffix -> layout of every tensor that holds W (out, in); those without factors ignore the rank."""
+        if self.coded:
+            scales = {"weight_scale": out, "input_scale": in_}
+            stream = {"weight": TensorLayout((UNKNOWN,), "uint8")}
+            return stream | {name: TensorLayout((size,), "float16") for name, size in scales.items()}
         if self.grid is not None:
             found = _rounded(self.grid, out, in_)
             return found | self._sides({"left": out, "right": in_}, out, in_, rank) if self.has_factors else found
@@ -150,12 +165,20 @@ class StorageFormat:
         """Bytes of all tensors. Those of a fractional rank, as training has it, lie between its neighbours'."""
         return _n_bytes(self, out, in_, rank)
 
+    def multiply_adds(self, out: int, in_: int, rank: int) -> int:
+        """Of the products of one token with W: those of the rounded or dense weight, and of the factors."""
+        factors = rank * (out + in_ - rank * self.pivoted) if self.has_factors else 0
+        return factors + (0 if self.factored else out * in_)
+
     def shape_of(self, shapes: Mapping[str, tuple[int, ...]], rank: int) -> Shape:
         """(out, in) of the weight whose tensors have ``shapes``, the inverse of ``tensors``; 0 where one is missing.
 
         Shapes that are not those of the format give a pair that is not that of the weight: compare with ``tensors``.
         """
         weight = shapes.get("weight", ())
+        if self.coded:
+            sizes = [prod(shapes.get(name, (0,))[:1]) for name in ("weight_scale", "input_scale")]
+            return sizes[0], sizes[1]
         if not self.has_factors and self.grid is None and len(weight) == 2:
             return weight[0], weight[1]
         if self.grid is not None and len(weight) == 3:
@@ -191,6 +214,7 @@ FORMATS: dict[str, StorageFormat] = {
     "int8": StorageFormat("factors in 8 bit", "s/2 per number", int8_rows=all_rows),
     "pifa_int8": StorageFormat("as pifa, in 8 bit", "s/2 per number", int8_rows=all_rows, pivoted=True),
     "dense": StorageFormat("the weight", "none"),
+    "coded": StorageFormat("the weight, rounded, entropy coded", "minimised in both Grams' metric", coded=True),
     "dense_int8": StorageFormat("the weight, rounded", "minimised in the Gram's metric", grid=Grid(8)),
     **{
         f"dense_int{n_bits}{suffix}": StorageFormat(

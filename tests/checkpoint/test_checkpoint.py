@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from spectrim.checkpoint.layout import headers, read_bytes
 from spectrim.errors import CheckpointError
-from spectrim.maths.budget import Format, dense_bytes, stored_bytes
+from spectrim.maths.budget import CODED, RESIDUAL, ROUNDED, Format, dense_bytes, stored_bytes
 from tests.checkpoints import CASES, UP, Folders, build, build_all, chosen
 
 
@@ -24,19 +24,46 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return build_all(tmp_path_factory.mktemp("checkpoints"))
 
 
+def _multiply_adds(format: Format, out: int, in_: int, rank: int) -> int:
+    """Of one token, counted product by product."""
+    if format in ROUNDED or format in (*CODED, "dense"):
+        return out * in_ + (rank * in_ + out * rank if format in RESIDUAL else 0)
+    return rank * in_ + (out - rank if format.startswith("pifa") else out) * rank
+
+
+def _resident_bytes(module: torch.nn.Module) -> int:
+    """Of its tensors without the bias."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return sum(tensor.nbytes for name, tensor in tensors.items() if name != "bias")
+
+
 @pytest.mark.parametrize(("family", "format"), CASES)
 def test_the_file_has_the_predicted_bytes(family: str, format: Format, folders: Folders) -> None:
     dense, folder = folders[family, "prepared"], folders[family, format]
-    matrices, _ = chosen(dense, format, torch.float16)
+    matrices, packed = chosen(dense, format, torch.float16)
     shapes = {name: headers([dense / "model.safetensors"])[f"{name}.weight"].shape for name in matrices}
-    predicted = sum(stored_bytes(matrices[name].format, *shapes[name], matrices[name].rank) for name in matrices)
+
+    def bytes_of(name: str) -> int:
+        if format in CODED and name in packed:  # which only the code itself can say
+            return sum(tensor.nbytes for tensor in packed[name].tensors.values())
+        return stored_bytes(matrices[name].format, *shapes[name], matrices[name].rank)
+
+    predicted = sum(map(bytes_of, matrices))
     total = sum(dense_bytes(*shape) for shape in shapes.values())
     measured = read_bytes(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    in_memory = sum(_resident_bytes(model.get_submodule(name)) for name in matrices)
+    assert (in_memory == predicted) == (format not in CODED)
     assert measured == {
         "file": (folder / "model.safetensors").stat().st_size,
         "linears": predicted,
+        "memory": in_memory,
         "dense_linears_16bit": total,
         "ratio": predicted / total,
+        "memory_ratio": in_memory / total,
+        "multiply_adds": sum(
+            _multiply_adds(matrices[name].format, *shapes[name], matrices[name].rank) for name in matrices
+        ),
     }
     prepared, written = load_file(dense / "model.safetensors"), load_file(folder / "model.safetensors")
     others = sum(tensor.nbytes for tensor in prepared.values()) - total

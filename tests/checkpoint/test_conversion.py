@@ -11,7 +11,7 @@ from spectrim import cli
 from spectrim.checkpoint.conversion import convert
 from spectrim.checkpoint.layout import read_bytes, read_config
 from spectrim.errors import CheckpointError
-from spectrim.maths.budget import FACTORED, ROUNDED, Format
+from spectrim.maths.budget import CODED, FACTORED, ROUNDED, Format
 from tests.checkpoints import FORMATS, Folders, build_all, logits
 
 ALLOWED = {"float16": 2e-3, "pifa": 5e-3}  # of the logits' norm; int8 rounds more
@@ -43,7 +43,7 @@ def test_a_converted_checkpoint_computes_the_same(
 def test_dense_is_the_plain_matrix(source: Format, folders: Folders, tmp_path: Path) -> None:
     measured = convert(folders["opt", source], tmp_path / "made", "dense")
     kinds = {matrix.format for matrix in read_config(tmp_path / "made").listed.values()}
-    assert kinds == ({source, "dense"} if source in ROUNDED else {"dense"})  # rounded weights stay
+    assert kinds == ({source, "dense"} if source in (*ROUNDED, *CODED) else {"dense"})  # rounded weights stay
     assert measured["ratio"] <= 1
     before, after = (
         logits(AutoModelForCausalLM.from_pretrained(at)) for at in (folders["opt", source], tmp_path / "made")

@@ -25,6 +25,7 @@ REFUSED: dict[str, list[Any]] = {
     "model.source": [None, 3, "", "foo:bar", "pypi:a==1/../b"],
     "model.sha256": ["abc", "G" * 64, 7],
     "compression.ratio": [0, -0.1, 1.5, "0.8", None, float("nan")],
+    "compression.memory_ratio": [0, 1.5, "0.5"],
     "compression.format": ["int4", "float32", None],
     "compression.alternatives": ["pifa", ["dense"], ["int4"], None],
     "compression.align": [0, 1.5, "8"],
@@ -263,6 +264,19 @@ def test_only_the_knapsack_chooses_among_formats(content: dict[str, Any], proble
     assert [line.split(" with compression.alternatives")[0] for line in problems(content)] == [
         "train_ranks.method: 'gates'", "compression.tie: True", "remap.format: 'int8'"
     ]  # fmt: skip
+
+
+def test_coded_weights_have_a_method_of_their_own(content: dict[str, Any], problems: Problems) -> None:
+    content["compression"] |= {"format": "coded", "tie": True, "alternatives": []}
+    content["remap"]["format"] = "int8"
+    assert [line.split(" with compression.format")[0] for line in problems(content)] == [
+        "compression.tie: True", "remap.format: 'int8'", "train_ranks.method: fisher"
+    ]  # fmt: skip
+    content["compression"] |= {"format": "pifa", "tie": False}
+    content["remap"]["format"], content["train_ranks"]["method"] = "same", "step"
+    assert problems(content) == [
+        "train_ranks.method: step with compression.format pifa; step is for coded, and no other method is"
+    ]
 
 
 @pytest.mark.parametrize("text", ["compression: [", "- a list", "", "\tx: 1", "model: {}\nmodel: {}"])

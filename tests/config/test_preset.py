@@ -49,7 +49,7 @@ def value(mapping: dict[str, Any], key: str) -> Any:
 
 
 def test_there_is_a_preset_for_every_method() -> None:
-    assert NAMES == ["asvd", "dobi-svd", "kfac", "mixed", "spectrim", "svd", "svd-llm", "svd-llm-v2"]
+    assert NAMES == ["asvd", "coded", "dobi-svd", "kfac", "mixed", "spectrim", "svd", "svd-llm", "svd-llm-v2"]
 
 
 def test_presets_set_the_same_keys_of_stages_that_follow_capture(folder: Path) -> None:

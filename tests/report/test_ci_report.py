@@ -45,7 +45,7 @@ def commit(folder: Path, subject: str) -> str:
 
 def write_run(folder: Path, ratio: float, perplexity: float) -> None:
     metrics: dict[str, Any] = report_project.metrics(2)
-    metrics["ratio"] = {"target": ratio, "file": ratio - 0.0001}
+    metrics["ratio"] = {"target": ratio, "file": ratio - 0.0001, "memory": ratio - 0.0001}
     metrics["perplexity"]["wikipedia"]["compressed"] = perplexity
     metrics["generation"] = f"{SAMPLE} at {ratio}"
     (folder / "reports" / "figures").mkdir(parents=True, exist_ok=True)

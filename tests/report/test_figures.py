@@ -76,7 +76,7 @@ def test_the_heatmap_shows_each_factored_matrix_by_its_rank_and_each_layer(
 
 def test_another_rank_is_another_figure(spectra: dict[str, np.ndarray]) -> None:
     def both(rank: int) -> tuple[str, str]:
-        matrix = RankedMatrix("model.layers.3.mlp.up_proj", 3, "mlp.up_proj", 1536, 576, rank, "float16")
+        matrix = RankedMatrix("model.layers.3.mlp.up_proj", 3, "mlp.up_proj", 1536, 576, rank, "float16", 0)
         return figures.ranks_figure([matrix]), figures.spectra_figure([matrix], spectra, "two-sided metric")
 
     before, same, after = both(96), both(96), both(104)
@@ -90,7 +90,7 @@ def test_the_dot_of_the_cut_sits_at_the_rank(spectra: dict[str, np.ndarray]) -> 
     sigma = spectra["model.layers.3.mlp.up_proj"]
 
     def at(rank: int) -> float:
-        matrix = RankedMatrix("model.layers.3.mlp.up_proj", 3, "mlp.up_proj", 1536, 576, rank, "float16")
+        matrix = RankedMatrix("model.layers.3.mlp.up_proj", 3, "mlp.up_proj", 1536, 576, rank, "float16", 0)
         svg = ET.fromstring(figures.spectra_figure([matrix], {matrix.name: sigma}, "two-sided metric"))
         lines = [node for node in svg.iter(f"{SVG}g") if str(node.get("id")).startswith("spectra-line2d")]
         dots = [
@@ -126,7 +126,7 @@ def test_every_model_is_named_at_its_point(drawn: dict[str, str]) -> None:
 @pytest.mark.parametrize("sigma", [np.zeros(192), np.r_[1.0, np.zeros(191)], np.ones(192)])
 @pytest.mark.parametrize(("rank", "format"), [(1, "float16"), (8, "float16"), (192, "dense")])
 def test_degenerate_spectra_are_drawn(sigma: np.ndarray, rank: int, format: str) -> None:
-    matrix = RankedMatrix("m.0.k_proj", 0, "k_proj", 192, 576, rank, format)  # type: ignore[arg-type]
+    matrix = RankedMatrix("m.0.k_proj", 0, "k_proj", 192, 576, rank, format, 0)  # type: ignore[arg-type]
     assert "k_proj" in texts(figures.spectra_figure([matrix], {matrix.name: sigma}, "input metric"))
 
 
@@ -136,7 +136,7 @@ def test_one_training_step_is_drawn() -> None:
 
 
 def test_very_deep_models_are_drawn_without_figures_in_the_cells() -> None:
-    deep = [RankedMatrix(f"m.{layer}.k_proj", layer, "k_proj", 192, 576, 96, "float16") for layer in range(120)]
+    deep = [RankedMatrix(f"m.{layer}.k_proj", layer, "k_proj", 192, 576, 96, "float16", 0) for layer in range(120)]
     shown = texts(figures.ranks_figure(deep))
     assert "96" not in shown
     assert "115" in shown

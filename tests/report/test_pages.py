@@ -199,9 +199,11 @@ def test_the_discarded_energy_is_the_tail_beyond_the_rank(project: Project) -> N
 
     sigma = report_project.spectra(1)["model.layers.0.mlp.up_proj"]
     shape = ("model.layers.0.mlp.up_proj", 0, "mlp.up_proj", 1536, 576)
-    assert report.discarded(RankedMatrix(*shape, 576, "dense"), sigma) == 0
-    assert report.discarded(RankedMatrix(*shape, 575, "int8"), sigma) == pytest.approx(sigma[-1] ** 2)
-    assert report.discarded(RankedMatrix(*shape, 8, "float16"), sigma) == pytest.approx(sum(x * x for x in sigma[8:]))
+    assert report.discarded(RankedMatrix(*shape, 576, "dense", 0), sigma) == 0
+    assert report.discarded(RankedMatrix(*shape, 575, "int8", 0), sigma) == pytest.approx(sigma[-1] ** 2)
+    assert report.discarded(RankedMatrix(*shape, 8, "float16", 0), sigma) == pytest.approx(
+        sum(x * x for x in sigma[8:])
+    )
 
 
 def test_the_stage_writes_the_same_bytes_in_another_process(project: Project, usual: report.RenderedReport) -> None:

@@ -88,16 +88,16 @@ def test_matrices_have_the_format_they_are_stored_in(ranks: dict[str, Any]) -> N
 
 
 def test_rounded_weights_are_told_from_factors_and_from_dense_ones(ranks: dict[str, Any]) -> None:
-    kinds = ("dense", "dense_int8", "dense_int4", "int4_residual", "pifa_int8")
-    names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(5)]
-    shape = {"out_features": 1536, "in_features": 576, "rank": 96}
+    kinds = ("dense", "dense_int8", "dense_int4", "int4_residual", "pifa_int8", "coded")
+    names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(len(kinds))]
+    shape = {"out_features": 1536, "in_features": 576, "rank": 96, "bytes": 1000}
     entries = {name: {"format": kind, **shape} for name, kind in zip(names, kinds, strict=True)}
     found = read_matrices({"matrices": entries}, None)
     assert [matrix.format for matrix in found] == list(kinds)
-    assert [matrix.label for matrix in found] == ["", "i8", "i4", "i4+", "96"]
-    assert [matrix.is_factored for matrix in found] == [False, False, False, False, True]
+    assert [matrix.label for matrix in found] == ["", "i8", "i4", "i4+", "96", "c"]
+    assert [matrix.is_factored for matrix in found] == [False, False, False, False, True, False]
     row = tables.ranks_table(found, dict.fromkeys(names, 0.0), "loss").rows[0]
-    assert row[2:4] == ("96 – 96 – 96", "1 of 5")
+    assert row[2:4] == ("96 – 96 – 96", "1 of 6")
     drawn = figures.ranks_figure(found)
     assert "rounded weights" in drawn and "rounded weights" not in figures.ranks_figure(read_matrices(ranks, None))
 
@@ -106,7 +106,7 @@ def test_models_are_listed_by_size_with_the_compressed_one_emphasised(metrics: d
     table = tables.perplexity_table(metrics)
     assert [row[0] for row in table.rows] == ["dense, 16 bit", "Spectrim", "RTN int8", "RTN int4"]
     assert table.emphasis == 1
-    assert table.rows[1] == ("Spectrim", "169.9 MB", "0.800", "35.13", "+60.2 %")
+    assert table.rows[1] == ("Spectrim", "169.9 MB", "0.800", "169.9 MB", "35.13", "+60.2 %")
 
 
 def test_a_baseline_of_a_library_has_its_name(metrics: dict[str, Any]) -> None:
@@ -120,9 +120,9 @@ def test_every_text_has_its_own_columns(metrics: dict[str, Any]) -> None:
     for entry in metrics["baselines"].values():
         entry["perplexity"]["news"] = 26.0
     table = tables.perplexity_table(metrics)
-    assert table.columns[3:] == ("wikipedia", "against dense", "news", "against dense")
-    assert table.rows[1][5:] == ("50.00", "+100.0 %")
-    assert len(tables.headlines(metrics)) == 5
+    assert table.columns[4:] == ("wikipedia", "against dense", "news", "against dense")
+    assert table.rows[1][6:] == ("50.00", "+100.0 %")
+    assert len(tables.headlines(metrics)) == 6
 
 
 def test_candidates_are_ordered_by_validation_loss(ranks: dict[str, Any]) -> None:

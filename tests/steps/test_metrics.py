@@ -93,8 +93,11 @@ def test_metrics_hold_both_models_on_the_same_tokens(project: Path) -> None:
     metrics, measured = read_json(Path("reports/metrics.json")), read_json(Path("reports/speed.json"))
 
     stored = read_bytes(Path("artifacts/remap"))
-    assert metrics["ratio"] == {"target": 0.5, "file": pytest.approx(stored["ratio"], rel=1e-5)}
-    assert metrics["bytes"] == {name: stored[name] for name in ("file", "linears", "dense_linears_16bit")}
+    of_file = pytest.approx(stored["ratio"], rel=1e-5)
+    assert metrics["ratio"] == {"target": 0.5, "file": of_file, "memory": of_file}
+    assert metrics["bytes"] == {name: stored[name] for name in ("file", "linears", "memory", "dense_linears_16bit")}
+    adds = {"dense": stored["dense_linears_16bit"] // 2, "compressed": stored["multiply_adds"]}
+    assert metrics["multiply_adds"] == adds and adds["compressed"] < adds["dense"]
     models = {"dense": Path("artifacts/prepare"), "compressed": Path("artifacts/remap")}
     for seed, text in enumerate(("alpha", "beta")):
         entry = metrics["perplexity"][text]
