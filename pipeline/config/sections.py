@@ -276,10 +276,10 @@ class Remap:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Baseline:
-    """Baselines: int8 and int4 to nearest, where ``group_size`` inputs share a scale in int4, and a library's."""
+    """Baselines: int8 and int4 to nearest, int4 by GPTQ, a library's; ``group_size`` inputs share a scale in int4."""
 
     quantization: Annotated[
-        list[Literal["int8", "int4", "bitsandbytes_nf4", "bitsandbytes_int8"]], AfterValidator(_installed)
+        list[Literal["int8", "int4", "gptq_int4", "bitsandbytes_nf4", "bitsandbytes_int8"]], AfterValidator(_installed)
     ]
     group_size: AtLeast1
 

@@ -88,7 +88,9 @@ def charts(metrics: Metrics) -> str:
     """
     found = points(metrics)
     names = ", ".join(_quoted(f"{name}: {ratio:.3f}") for name, ratio, *_ in found)
-    return "\n\n".join(_chart(text, names, [values[text] for *_, values in found]) for text in metrics["perplexity"])
+    return "\n\n".join(
+        _chart(text, names, [point.perplexity[text] for point in found]) for text in metrics["perplexity"]
+    )
 
 
 def _chart(text: str, names: str, perplexities: list[float]) -> str:

@@ -273,7 +273,7 @@ def _depth_legend(figure: "Figure", depth: Any, layers: Sequence[int]) -> None:
 def _size_panel(axes: "Axes", text: str, points: Sequence[SizePoint], dense: float) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    for name, ratio, memory_ratio, values in points:
+    for name, ratio, memory_ratio, values, _ in points:
         ours, plain = name == "Spectrim", name.startswith("dense")
         color = ACCENT if ours else INK if plain else QUANTIZED
         if plain:

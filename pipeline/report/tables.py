@@ -94,7 +94,7 @@ def headlines(metrics: Metrics) -> list[Headline]:
         Headline(
             f"Perplexity, {text}",
             number(entry["compressed"]),
-            f"dense {number(entry['dense'])} ({change(entry['compressed'], entry['dense'])})",
+            f"dense {number(entry['dense'])}, {_against(entry['compressed'], entry['dense'], entry['interval'])}",
         )
         for text, entry in metrics["perplexity"].items()
     ]
@@ -117,25 +117,32 @@ def headlines(metrics: Metrics) -> list[Headline]:
 
 
 class SizePoint(NamedTuple):
-    """One model: the shares of its 16-bit bytes that are in the file and in memory, and its perplexity on each text."""
+    """One model: the shares of its 16-bit bytes in the file and in memory; on each text its perplexity, and the
+    interval of what that is of the dense model's.
+    """
 
     name: str
     ratio: float
     memory_ratio: float
     perplexity: Mapping[str, float]
+    interval: Mapping[str, Sequence[float] | None]
 
 
 def points(metrics: Metrics) -> list[SizePoint]:
     """The dense model, the baselines and the compressed one, the largest file first."""
     texts, ours = metrics["perplexity"], metrics["ratio"]
     found = [
-        SizePoint("dense, 16 bit", 1.0, 1.0, {text: entry["dense"] for text, entry in texts.items()}),
+        SizePoint("dense, 16 bit", 1.0, 1.0, {text: entry["dense"] for text, entry in texts.items()}, {}),
         SizePoint(
-            "Spectrim", ours["file"], ours["memory"], {text: entry["compressed"] for text, entry in texts.items()}
+            "Spectrim",
+            ours["file"],
+            ours["memory"],
+            {text: entry["compressed"] for text, entry in texts.items()},
+            {text: entry["interval"] for text, entry in texts.items()},
         ),
     ]
     found += [
-        SizePoint(_baseline(name), entry["ratio"], entry["ratio"], entry["perplexity"])
+        SizePoint(_baseline(name), entry["ratio"], entry["ratio"], entry["perplexity"], entry["interval"])
         for name, entry in metrics["baselines"].items()
     ]
     return sorted(found, key=lambda point: (-point.ratio, point.name))
@@ -144,7 +151,7 @@ def points(metrics: Metrics) -> list[SizePoint]:
 def _baseline(name: str) -> str:
     """RTN int8, or the library before its own kind: bitsandbytes nf4."""
     library, _, kind = name.rpartition("_")
-    return f"{library or 'RTN'} {kind}"
+    return f"{library.upper() if library == 'gptq' else library or 'RTN'} {kind}"
 
 
 def perplexity_table(metrics: Metrics) -> Table:
@@ -155,14 +162,24 @@ def perplexity_table(metrics: Metrics) -> Table:
         columns += [text, "against dense"]
     rows = []
     listed = points(metrics)
-    for name, ratio, memory_ratio, perplexity in listed:
+    for name, ratio, memory_ratio, perplexity, intervals in listed:
         row = [name, megabytes(ratio * dense), f"{ratio:.3f}", megabytes(memory_ratio * dense)]
         for text in texts:
             reference = metrics["perplexity"][text]["dense"]
-            row += [number(perplexity[text]), change(perplexity[text], reference) if ratio < 1 else "–"]
+            row += [number(perplexity[text]), _against(perplexity[text], reference, intervals.get(text))]
         rows.append(tuple(row))
     emphasis = next(index for index, point in enumerate(listed) if point[0] == "Spectrim")
     return Table(tuple(columns), tuple(rows), emphasis=emphasis)
+
+
+def _against(new: float, old: float, interval: Sequence[float] | None) -> str:
+    """The change, and the interval of it where there is one: +5.5 % (+4.9 to +6.1)."""
+    if new == old:
+        return "–"
+    if interval is None or new / old >= 10:
+        return change(new, old)
+    low, high = (f"{100 * (end - 1):+.1f}".replace("-", "−") for end in interval)
+    return f"{change(new, old)} ({low} to {high})"
 
 
 def candidates_table(ranks: Mapping[str, Any]) -> Table | None:

@@ -1,7 +1,7 @@
 """Measuring models: perplexity text by text, on the windows of `calibrate`; one model in memory at a time."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
@@ -30,10 +30,11 @@ Load = Callable[[], Subject]
 
 
 class TextPerplexity(TypedDict):
-    """A perplexity and what it was measured on: ``n_tokens`` losses in windows of ``seq_len`` tokens."""
+    """A perplexity and what it was measured on: ``n_tokens`` losses in windows of ``seq_len``, each window's mean."""
 
     perplexity: float
     n_tokens: int
+    losses: list[float]
     seq_len: int
     tokens_sha256: str
 
@@ -84,8 +85,8 @@ def measured(
     *,
     batch_size: int,
     desc: str,
-    begun: tuple[int, float] = (0, 0.0),
-    keep: Callable[[int, float], None] = lambda windows, total: None,
+    begun: Sequence[float] = (),
+    keep: Callable[[list[float]], None] = lambda losses: None,
 ) -> TextPerplexity:
     """The perplexity of ``model`` on the windows of the text ``name``; ``begun`` and ``keep`` as in ``perplexity``."""
     from spectrim.evaluation.perplexity import perplexity
@@ -119,12 +120,12 @@ def write_perplexity(
     load: Load, text: str, windows: "Tensor", batch_size: int, snapshots: Snapshots, folder: Path
 ) -> None:
     """Write the ``TextPerplexity`` of a model, and what its linears take, going on from the newest of ``snapshots``."""
-    subject, begun = HELD(load), (0, 0.0)
+    subject, begun = HELD(load), list[float]()
     if newest := snapshots.newest():
-        begun = (newest[0], read_json(newest[1] / PARTIAL)["total"])
+        begun = read_json(newest[1] / PARTIAL)["losses"]
 
-    def keep(done: int, total: float) -> None:
-        snapshots.keep(done, lambda part: write_json(part / PARTIAL, {"total": total}))
+    def keep(losses: list[float]) -> None:
+        snapshots.keep(len(losses), lambda part: write_json(part / PARTIAL, {"losses": losses}))
 
     found = measured(subject.model, text, windows, batch_size=batch_size, desc="", begun=begun, keep=keep)
     write_json(folder / VALUE, {**found, "size": subject.size})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.runtime.artifacts import fresh_folder
+from spectrim.evaluation.intervals import paired_interval
 
 DIGITS = 5
 Row = Sequence[str | float | int]
@@ -42,13 +43,21 @@ def collect(
             text: {
                 "dense": baseline["perplexity"][text]["perplexity"],
                 "compressed": entry["perplexity"],
+                "interval": paired_interval(entry["losses"], baseline["perplexity"][text]["losses"]),
                 **{name: entry[name] for name in ("n_tokens", "seq_len", "tokens_sha256")},
             }
             for text, entry in perplexity.items()
         },
         "tasks": {task: _task(baseline["tasks"][task], score) for task, score in tasks.items()},
         "baselines": {
-            name: {"ratio": entry["ratio"], "perplexity": entry["perplexity"]}
+            name: {
+                "ratio": entry["ratio"],
+                "perplexity": {text: found["perplexity"] for text, found in entry["perplexity"].items()},
+                "interval": {
+                    text: paired_interval(found["losses"], baseline["perplexity"][text]["losses"])
+                    for text, found in entry["perplexity"].items()
+                },
+            }
             for name, entry in baseline["quantization"].items()
         },
         "generation": generation,

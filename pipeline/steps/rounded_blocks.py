@@ -41,12 +41,13 @@ def largest_rank(shape: tuple[int, int]) -> int:
 
 def rounded_blocks(params: Params, formats: Iterable[Format], device: torch.device) -> dict[Grid, list[Path]]:
     """Grid -> the store's file of every block, for those that ``formats`` need."""
-    corrected = {ROUNDED[format] for format in params.compression.alternatives if format in RESIDUAL}
     wanted = sorted({ROUNDED[format] for format in formats if format in ROUNDED}, key=str)
-    return {grid: _blocks(params, grid, grid in corrected, device) for grid in wanted}
+    return {grid: blocks_on(params, grid, device) for grid in wanted}
 
 
-def _blocks(params: Params, grid: Grid, corrected: bool, device: torch.device) -> list[Path]:
+def blocks_on(params: Params, grid: Grid, device: torch.device) -> list[Path]:
+    """The store's file of every block, rounded to one grid."""
+    corrected = grid in {ROUNDED[format] for format in params.compression.alternatives if format in RESIDUAL}
     settings = params.capture
     model = blocks.BlockModel(artifact("prepare"), device, tuple(params.compression.exclude))
     weights = read_json(artifact("prepare") / "prepare.json")["model_sha256"]

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from spectrim.errors import DataError, NumericalError
 from spectrim.maths.budget import dense_bytes
-from spectrim.maths.quantization import dequantize, round_to_nearest, rounded_bytes
+from spectrim.maths.quantization import Quantized, dequantize, round_to_nearest, rounded_bytes
 from spectrim.models.modules import compressible_linears
 
 if TYPE_CHECKING:  # importing it takes seconds, and a result of the store needs no model
@@ -26,10 +26,11 @@ Progress = Callable[[Sequence[int]], Iterable[int]]
 
 
 class Perplexity(TypedDict):
-    """``perplexity`` = exp(mean loss in nats) over ``n_tokens`` next-token losses."""
+    """``perplexity`` = exp(mean loss in nats) over ``n_tokens`` next-token losses; ``losses``: each window's mean."""
 
     perplexity: float
     n_tokens: int
+    losses: list[float]
 
 
 class QuantizedBytes(TypedDict):
@@ -47,8 +48,8 @@ def perplexity(
     *,
     batch_size: int = 1,
     progress: Progress = iter,
-    begun: tuple[int, float] = (0, 0.0),
-    keep: Callable[[int, float], None] = lambda windows, total: None,
+    begun: Sequence[float] = (),
+    keep: Callable[[list[float]], None] = lambda losses: None,
 ) -> Perplexity:
     """exp(Σ losses / n_tokens), n_tokens = n_windows · (seq_len − 1): every next-token loss counted once.
 
@@ -60,29 +61,29 @@ def perplexity(
         windows: (n_windows, seq_len) token ids, integer; moved to the model's device batch by batch.
         batch_size: windows per forward pass.
         progress: wraps the sequence of the batches' first windows, for a progress bar.
-        begun: windows that were measured before, and the sum of their losses in nats.
-        keep: called after every batch with the same two of all so far.
+        begun: the mean losses in nats of the windows that were measured before.
+        keep: called after every batch with those of all windows so far.
 
     Raises:
         DataError: no window, windows of one token, or a token the model does not know.
         NumericalError: a non-finite loss; names the window and the first module whose output is not finite.
     """
     _check(windows, model)
-    total = torch.tensor(begun[1], dtype=torch.float64)
-    for start in progress(range(begun[0], len(windows), batch_size)):
+    found = list(begun)
+    for start in progress(range(len(found), len(windows), batch_size)):
         batch = windows[start : start + batch_size].to(model.device)
         logits = model(input_ids=batch, use_cache=False).logits
         for index, (row, tokens) in enumerate(zip(logits, batch, strict=True)):  # one float32 copy at a time
             losses = cross_entropy(row[:-1].float(), tokens[1:], reduction="none")
             if not losses.isfinite().all():
                 raise NumericalError(_diagnosis(model, batch[index : index + 1], start + index, losses))
-            total += losses.double().sum().cpu()
-        keep(start + len(batch), float(total))
+            found.append(float(losses.double().mean()))
+        keep(found)
     n_tokens = windows.shape[0] * (windows.shape[1] - 1)
-    mean = total / n_tokens
+    mean = torch.tensor(found, dtype=torch.float64).mean()
     if not mean.exp().isfinite():
         raise NumericalError(f"mean loss of {mean:.1f} nats over {n_tokens:,} tokens has no finite perplexity")
-    return {"perplexity": float(mean.exp()), "n_tokens": n_tokens}
+    return {"perplexity": float(mean.exp()), "n_tokens": n_tokens, "losses": found}
 
 
 @torch.inference_mode()
@@ -132,6 +133,29 @@ def quantize_model_(
         linear.weight.copy_(dequantize(quantized))
         stored += rounded_bytes(linear.out_features, linear.in_features, n_bits, group_size)
         dense += dense_bytes(linear.out_features, linear.in_features)
+    return {"bytes": stored, "dense_bytes": dense, "ratio": stored / dense}
+
+
+@torch.no_grad()
+def store_quantized_(
+    model: PreTrainedModel, rounded: Mapping[str, Quantized], n_bits: int, exclude: Iterable[str] = ()
+) -> QuantizedBytes:
+    """W <- q s in place for every compressible linear in ``rounded``; the others stay, at their 16-bit bytes.
+
+    Args:
+        model: changed in place.
+        rounded: linear name -> its symmetric integers and scales.
+        n_bits: of an integer.
+        exclude: shell patterns of linears that do not count, as in ``compressible_linears``.
+    """
+    stored = dense = 0
+    for name, linear in compressible_linears(model, exclude).items():
+        weight, n_bytes = rounded.get(name), dense_bytes(linear.out_features, linear.in_features)
+        dense += n_bytes
+        if weight is not None:
+            linear.weight.copy_(dequantize(weight))
+            n_bytes = weight.values.numel() * n_bits // 8 + weight.scale.nbytes
+        stored += n_bytes
     return {"bytes": stored, "dense_bytes": dense, "ratio": stored / dense}
 
 

@@ -106,11 +106,11 @@ def test_models_are_listed_by_size_with_the_compressed_one_emphasised(metrics: d
     table = tables.perplexity_table(metrics)
     assert [row[0] for row in table.rows] == ["dense, 16 bit", "Spectrim", "RTN int8", "RTN int4"]
     assert table.emphasis == 1
-    assert table.rows[1] == ("Spectrim", "169.9 MB", "0.800", "169.9 MB", "35.13", "+60.2 %")
+    assert table.rows[1] == ("Spectrim", "169.9 MB", "0.800", "169.9 MB", "35.13", "+60.2 % (+55.2 to +65.1)")
 
 
 def test_a_baseline_of_a_library_has_its_name(metrics: dict[str, Any]) -> None:
-    metrics["baselines"]["bitsandbytes_nf4"] = {"ratio": 0.2592, "perplexity": {"wikipedia": 27.02}}
+    metrics["baselines"]["bitsandbytes_nf4"] = {"ratio": 0.2592, "perplexity": {"wikipedia": 27.02}, "interval": {}}
     names = [row[0] for row in tables.perplexity_table(metrics).rows]
     assert names == ["dense, 16 bit", "Spectrim", "RTN int8", "RTN int4", "bitsandbytes nf4"]
 
@@ -121,7 +121,7 @@ def test_every_text_has_its_own_columns(metrics: dict[str, Any]) -> None:
         entry["perplexity"]["news"] = 26.0
     table = tables.perplexity_table(metrics)
     assert table.columns[4:] == ("wikipedia", "against dense", "news", "against dense")
-    assert table.rows[1][6:] == ("50.00", "+100.0 %")
+    assert table.rows[1][6:] == ("50.00", "+100.0 % (+55.2 to +65.1)")
     assert len(tables.headlines(metrics)) == 6
 
 

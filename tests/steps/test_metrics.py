@@ -55,6 +55,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folders: dict
     settings = tiny.tiny_params(str(model_folders["llama"]), str(tiny.save_corpus(tmp_path / "corpus.jsonl")))
     settings["calibrate"].update(seq_len=24, test_windows=3)
     settings["compression"]["ratio"] = 0.5
+    settings["baseline"]["quantization"] = ["int8", "int4"]  # what needs no capture
     settings["train_ranks"]["seq_len"] = settings["capture"]["gradient_seq_len"] = 16
     Path("params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     tiny.save_model("llama", Path("artifacts/prepare"))
