@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from spectrim.checkpoint.layout import HALF, METHOD, Matrix, SpectrimConfig
 from spectrim.errors import CheckpointError, ModelError, SpectrimError
+from spectrim.formats.coded_linear import CodedLinear
 from spectrim.formats.kinds import kind_of
 from spectrim.formats.shared_input import share
 from spectrim.formats.stored_linear import StoredLinear, stored_tensors
@@ -101,7 +102,10 @@ class FusedLinear(nn.Module):
         name = f"{self.names[index]}.{suffix}"
         if name not in self.dtypes:
             raise CheckpointError(f"{name}: not part of the format in config.json; build or fetch the checkpoint again")
-        target, dtypes = self.parts[index].get_parameter(suffix), self.dtypes[name]
+        part = self.parts[index]
+        if isinstance(part, CodedLinear) and suffix == "weight" and tensor.dim() == 1:
+            part.expect(len(tensor))  # how long a code is only its content says
+        target, dtypes = part.get_parameter(suffix), self.dtypes[name]
         if tensor.shape != target.shape or tensor.dtype not in dtypes:
             raise CheckpointError(
                 f"{name}: is {tensor.dtype} {tuple(tensor.shape)}, config.json requires "
