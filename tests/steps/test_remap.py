@@ -41,7 +41,8 @@ def make_artifacts(root: Path) -> dict[str, tuple[int, int]]:
             stored = resolve_format("float16", out_features, in_features, RANK)
             rank = min(shapes[name]) if stored == "dense" else RANK
             matrices[name] = {
-                "rank": rank, "format": stored, "out_features": out_features, "in_features": in_features
+                "rank": rank, "format": stored, "out_features": out_features, "in_features": in_features,
+                "bytes": stored_bytes("float16", out_features, in_features, RANK),
             }  # fmt: skip
             if stored != "dense":
                 left, right = truncated(linear.weight.detach(), RANK)
@@ -91,7 +92,7 @@ def test_the_checkpoint_has_the_budgeted_bytes_and_a_resumed_run_gives_the_same(
 
 
 def test_a_format_dearer_than_the_budget_is_refused() -> None:
-    entry = {"rank": 8, "format": "int8", "out_features": 24, "in_features": 40}
+    entry = {"rank": 8, "format": "int8", "out_features": 24, "in_features": 40, "bytes": 8 * 68 + 4 * 24}
     ranks = {"matrices": {"a": entry}, "budget_bytes": 8 * 68 + 4 * 24, "format": "int8", "ratio": 0.3}
     packing.require_within({"a": packing.choose(entry, "int8")}, ranks, "int8")
     with pytest.raises(
