@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectrim.errors import NumericalError
+from spectrim.maths.entropy import entropy
 from spectrim.maths.two_sided_rounding import BLOCK, Side, Stepped, side, two_sided_rounded
 from tests import reference
 
@@ -26,12 +27,6 @@ def solved(seed: int, out: int, in_: int, step: float) -> tuple[Tensor, Stepped,
     weight, gram, gradient_gram = problem(seed, out, in_)
     rows, columns = side(gradient_gram, DAMPING), side(gram, DAMPING)
     return weight, two_sided_rounded(weight, rows, columns, step), rows, columns
-
-
-def entropy(values: Tensor) -> float:
-    """Bits per number."""
-    shares = values.flatten().unique(return_counts=True)[1].double() / values.numel()
-    return float(-(shares * shares.log2()).sum())
 
 
 def lost(error: Tensor, gram: Tensor, gradient_gram: Tensor) -> float:
