@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,7 @@ def key(stage: str, layer: str, *parts: Any) -> str:
     ``parts`` is everything else the result depends on: parameters, sha256 of inputs, ``closure.code_digest``; see
     ``artifacts.digest`` for what it may hold.
     """
-    libraries = {name: version(name) for name in LIBRARIES}
-    return artifacts.digest([LAYOUT, stage, layer, list(parts), libraries])
+    return artifacts.digest([LAYOUT, stage, layer, list(parts), _libraries()])
 
 
 def default_root() -> Path:
@@ -169,6 +169,11 @@ def link_or_copy(entry: Path, destination: Path) -> None:
                 raise
             except OSError:  # another file system, or one without links
                 shutil.copyfile(source, target)
+
+
+@cache  # a stage makes hundreds of keys, and each version is a file that is read
+def _libraries() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
 
 
 def _damage(entry: Path) -> str | None:
