@@ -286,12 +286,14 @@ def _size_panel(axes: "Axes", text: str, points: Sequence[SizePoint], dense: flo
                 "in memory", (memory_ratio * dense, values[text]), xytext=(0, -14), textcoords="offset points",
                 ha="center", fontsize=8.5,
             )  # fmt: skip
+        above = ratio > 0.7  # beside the point there is no room
         axes.annotate(
-            f"{name}\n{number(values[text])}",
+            f"{name} {number(values[text])}",
             (ratio * dense, values[text]),
-            xytext=(0, 9),
+            xytext=(0, 9) if above else (9, 0),
             textcoords="offset points",
-            ha="center",
+            ha="center" if above else "left",
+            va="bottom" if above else "center",
             fontsize=8.5,
             fontweight="bold" if ours else "normal",
         )
