@@ -28,7 +28,7 @@ The tensors, as they lie in memory and, with the linear's name before them, in a
     order         int32         (out,)             pivoted factors     W = [Rᵀ; C Rᵀ][order]
     left, right   16-bit, int8  (out, r), (in, r)  a rounded weight    L and R, which has a name of its own beside Q
     X_scale       float32       (out,), (r,)       and factors
-    weight        uint8         (n,)               a coded weight      Z: one zstd frame, see formats/coding.py
+    weight        uint8         (n,)               a coded weight      Z, see formats/coding.py
     weight_scale  float16       (out,)                                 r
     input_scale   float16       (in,)                                  c
 
