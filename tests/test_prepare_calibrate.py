@@ -133,6 +133,19 @@ def test_prepare_records_and_repeats(project: Change, model_folders: dict[str, P
     assert json.loads(Path("artifacts/prepare/prepare.json").read_text())["model_sha256"] != record["model_sha256"]
 
 
+def test_prepare_moves_the_weights_of_linears_alone(project: Change, model_folders: dict[str, Path]) -> None:
+    found = []
+    for share in (0.0, 0.3, 0.3):
+        project(model__source=str(model_folders["llama"]), prepare__perturb=share)
+        run(prepare)
+        found.append(load_file("artifacts/prepare/model.safetensors"))
+        assert json.loads(Path("artifacts/prepare/prepare.json").read_text())["perturb"] == share
+    plain, moved, again = found
+    changed = {name for name in plain if not torch.equal(plain[name], moved[name])}
+    assert changed == {name for name in plain if name.endswith("_proj.weight")}
+    assert all(torch.equal(moved[name], again[name]) for name in plain)
+
+
 def test_prepare_keeps_generation_config_and_chat_template(
     project: Change, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -135,10 +135,14 @@ class Runtime:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Prepare:
-    """dtype of the weights in the prepared file, and the dtype plain ``from_pretrained`` computes in."""
+    """dtype of the weights in the prepared file, and the dtype plain ``from_pretrained`` computes in.
+
+    ``perturb``: standard deviation of the noise that is added to the linears' weights, in 4-bit steps of their groups.
+    """
 
     stored_dtype: Literal["float16", "bfloat16", "float32"]
     load_dtype: Literal["float32", "bfloat16", "float16"]
+    perturb: Annotated[float, Field(ge=0, le=10)]
 
 
 @with_config(STRICT)

@@ -13,6 +13,7 @@ from pipeline.config.sections import Model, Prepare
 from pipeline.data.fetching import fetch, first_line
 from pipeline.runtime.artifacts import digest, files_sha256, read_json, require_model, write_json
 from spectrim.errors import DataError, ModelError, SourceError
+from spectrim.maths.perturbation import perturbed
 from spectrim.models.modules import compressible_linears
 
 if TYPE_CHECKING:
@@ -87,7 +88,11 @@ def write_prepared(source: Model, settings: Prepare, commit: str | None, folder:
     tokenizer = original_tokenizer(fetched.path)
     model = load_original(fetched.path, getattr(torch, settings.stored_dtype))
     check_vocabulary(model, tokenizer)
-    compressible_linears(model)  # raises here rather than two stages later
+    linears = compressible_linears(model)  # raises here rather than two stages later
+    if settings.perturb:
+        generator = torch.Generator().manual_seed(0)
+        for linear in linears.values():
+            linear.weight.data = perturbed(linear.weight.data, settings.perturb, generator)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # save_pretrained notes the dtype of the file; from_pretrained computes in the one noted here
@@ -99,6 +104,7 @@ def write_prepared(source: Model, settings: Prepare, commit: str | None, folder:
         "revision": fetched.revision,
         "stored_dtype": settings.stored_dtype,
         "load_dtype": settings.load_dtype,
+        "perturb": settings.perturb,
         "n_parameters": model.num_parameters(),
         "files": hashes,
         "model_sha256": digest({name: value for name, value in hashes.items() if name.endswith(".safetensors")}),

@@ -31,8 +31,17 @@ def verdict(metrics: Metrics) -> str | None:
     )
 
 
-def caveat(source: str) -> str | None:
-    """Why quantization baselines are flattered when ``source`` is a quantized GGUF file; None when it is not one."""
+def caveat(source: str, perturb: float) -> str | None:
+    """Why quantization baselines are flattered when ``source`` is a quantized GGUF file; None when it is not one.
+
+    Args:
+        perturb: `prepare.perturb`; above 0, the sentence that says what has become of the model.
+    """
+    if perturb:
+        return (
+            f"The weights of this model were moved by normal noise of {perturb:g} of a 4-bit step (prepare.perturb), "
+            "in every row of the tables: they lie on no grid, and the model is not the published one."
+        )
     match = _GGUF_QUANTIZATION.search(source)
     if match is None:
         return None
@@ -46,7 +55,7 @@ def caveat(source: str) -> str | None:
     return (
         f"The weights of this model come from a {kind} file, so they already lie on a coarse grid{layout}. "
         "The quantization baselines are flattered by that, the low-rank results are not: "
-        "confirm conclusions on a model whose weights were never quantized."
+        "confirm conclusions on a model whose weights were never quantized, or with prepare.perturb: 0.3."
     )
 
 

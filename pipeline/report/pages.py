@@ -153,7 +153,7 @@ def _text(
         "headlines": tables.headlines(metrics),
         "perplexity": tables.perplexity_table(metrics),
         "verdict": notes.verdict(metrics),
-        "caveat": notes.caveat(params.model.source),
+        "caveat": notes.caveat(params.model.source, params.prepare.perturb),
         "n_matrices": len(found),
         "n_dense": sum(matrix.is_dense for matrix in found),
         "n_factored": sum(matrix.is_factored for matrix in found),

@@ -38,6 +38,7 @@ REFUSED: dict[str, list[Any]] = {
     "runtime.device": ["gpu", "cuda:7"],
     "prepare.stored_dtype": ["int8"],
     "prepare.load_dtype": ["float64"],
+    "prepare.perturb": [-0.1, 11, "0.3", None],
     "calibrate.seq_len": [0, 1, "1024"],
     "calibrate.calibration_windows": [0],
     "calibrate.validation_windows": [0],

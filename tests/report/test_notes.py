@@ -26,7 +26,7 @@ def test_no_verdict_when_each_quantization_is_larger_or_worse(metrics: dict[str,
 
 
 def test_the_caveat_names_the_quantized_file() -> None:
-    text = notes.caveat(DEFAULT_SOURCE)
+    text = notes.caveat(DEFAULT_SOURCE, 0.0)
     assert text is not None
     assert "Q4_1 file" in text
     assert "flattered" in text
@@ -35,14 +35,22 @@ def test_the_caveat_names_the_quantized_file() -> None:
 
 @pytest.mark.parametrize("source", ["models/x.Q8_0.gguf", "models/x-IQ2_XS.gguf", "x.q6_k.GGUF"])
 def test_other_quantized_files_have_the_caveat_without_the_layout_of_q4_1(source: str) -> None:
-    text = notes.caveat(source)
+    text = notes.caveat(source, 0.0)
     assert text is not None
     assert "0.3125" not in text
 
 
 @pytest.mark.parametrize("source", ["hf:org/model@main", "models/Q4_1", "models/x.F16.gguf", "models/x.BF16.gguf"])
 def test_weights_that_were_never_quantized_need_no_caveat(source: str) -> None:
-    assert notes.caveat(source) is None
+    assert notes.caveat(source, 0.0) is None
+
+
+@pytest.mark.parametrize("source", [DEFAULT_SOURCE, "hf:org/name@main"])
+def test_weights_that_were_moved_are_no_published_model(source: str) -> None:
+    text = notes.caveat(source, 0.3)
+    assert (
+        text and "noise of 0.3 of a 4-bit step" in text and "not the published one" in text and "flattered" not in text
+    )
 
 
 def test_another_kept_candidate_is_named_with_both_losses(ranks: dict[str, Any]) -> None:
