@@ -8,19 +8,17 @@ params  speed
 from functools import partial
 from pathlib import Path
 
-from torch import nn
-
 from pipeline.config.params import load
 from pipeline.runtime.artifacts import artifact, require_model, write_json
 from pipeline.runtime.console import run
 from pipeline.runtime.devices import resolve
 from pipeline.runtime.progress import progress
 from pipeline.steps.compressed import compressed_subject
-from pipeline.steps.machine import described, process_peak, speed_dtype
+from pipeline.steps.machine import described, process_peak, speed_dtypes
 from pipeline.steps.metrics import significant
 from pipeline.steps.model_folders import load_model
 from spectrim.checkpoint.saving import half_dtype
-from spectrim.evaluation.speed import peak_bytes, throughput, weight_bytes
+from spectrim.evaluation.speed import peak_bytes, throughput, to_fastest, weight_bytes
 
 
 def main() -> None:
@@ -29,14 +27,13 @@ def main() -> None:
     settings, device = params.speed, resolve(params.runtime.device)
     for stage in ("prepare", "remap"):
         require_model(artifact(stage))
-    dtype = speed_dtype(settings.dtype, half_dtype(artifact("prepare")), device)
+    candidates = speed_dtypes(settings.dtype, half_dtype(artifact("prepare")), device)
     models = {
         "dense": load_model(artifact("prepare"), device),
         "compressed": compressed_subject(artifact("remap"), device).model,
     }
-    for model in models.values():
-        nn.Module.to(model, dtype)
     lengths = {"prefill_tokens": settings.prefill_tokens, "decode_tokens": settings.decode_tokens}
+    dtypes = {side: to_fastest(model, candidates, **lengths) for side, model in models.items()}
     bar = partial(progress, desc="speed")
     measured = {
         "speed": throughput(models, **lengths, repeats=settings.repeats, progress=bar),
@@ -44,7 +41,7 @@ def main() -> None:
             "weights": {side: weight_bytes(model) for side, model in models.items()},
             "peak": {side: peak_bytes(model, **lengths) for side, model in models.items()},
         },
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtypes": {side: str(dtype).removeprefix("torch.") for side, dtype in dtypes.items()},
         "machine": described(device),
         "process": process_peak(device),
     }

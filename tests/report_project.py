@@ -101,7 +101,7 @@ def metrics(n_blocks: int) -> dict[str, Any]:
             "int8": {"ratio": 0.5027, "perplexity": {"wikipedia": 21.96}, "interval": {"wikipedia": [1.0, 1.003]}},
             "int4": {"ratio": 0.2659, "perplexity": {"wikipedia": 30.8}, "interval": {"wikipedia": [1.38, 1.43]}},
         },
-        "dtype": "float32",
+        "dtypes": {"dense": "float32", "compressed": "bfloat16"},
         "machine": "AMD EPYC Processor, 2 threads, torch 2.13.0+cpu",
         "generation": GENERATION,
         "generation_dense": "The capital of France is Paris, the city of light.",
@@ -120,7 +120,7 @@ def write(root: Path, *, n_blocks: int = 30, chosen: str = "gates", trained: boo
     ):
         (root / folder).mkdir(parents=True, exist_ok=True)
     found = metrics(n_blocks) | changes
-    apart = ("speed", "memory", "dtype", "machine", "process")
+    apart = ("speed", "memory", "dtypes", "machine", "process")
     _json(root / "reports/metrics.json", {name: value for name, value in found.items() if name not in apart})
     _json(root / "reports/speed.json", {name: value for name, value in found.items() if name in apart})
     _json(root / "artifacts/train_ranks/ranks.json", ranks(sigmas, 0.8, chosen))

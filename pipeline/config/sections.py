@@ -303,9 +303,10 @@ class Evaluate:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Speed:
-    """The speed test: lengths in tokens, and the dtype that both models run in.
+    """The speed test: lengths in tokens, and the dtype that the models run in.
 
-    ``auto``: the checkpoint's 16-bit dtype on a GPU, bfloat16 on a processor that multiplies it, else float32.
+    ``auto``: the checkpoint's 16-bit dtype on a GPU, bfloat16 on a processor that multiplies it, else for each model
+    the faster one of float32 and bfloat16.
     """
 
     dtype: Literal["auto", "float16", "bfloat16", "float32"]

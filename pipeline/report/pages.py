@@ -166,7 +166,7 @@ def _text(
         "file_note": notes.file_note(ranks),
         "n_drawn_layers": min(figures.MAX_DRAWN_LAYERS, len({matrix.layer for matrix in found})),
         "running": tables.running_table(metrics),
-        "machine": f"{metrics['machine']}, both in {metrics['dtype']}",
+        "machine": f"{metrics['machine']}, {tables.dtypes(metrics)}",
         "tasks": tables.tasks_table(metrics),
         "prompt": params.evaluate.prompt,
         "generation": metrics["generation"],

@@ -258,6 +258,14 @@ def running_table(metrics: Metrics) -> Table:
     return Table(("", "dense", "compressed", "compressed / dense"), tuple(rows))
 
 
+def dtypes(metrics: Metrics) -> str:
+    """What the models ran in where their speed was measured."""
+    found = metrics["dtypes"]
+    if found["dense"] == found["compressed"]:
+        return f"both in {found['dense']}"
+    return f"dense in {found['dense']}, compressed in {found['compressed']}: each in what it is faster in"
+
+
 def protocol_table(metrics: Metrics) -> Table:
     """What each perplexity was measured on."""
     rows = tuple(

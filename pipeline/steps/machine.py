@@ -1,4 +1,4 @@
-"""The machine that a speed was measured on, and the dtype that is fair to it."""
+"""The machine that a speed was measured on, and the dtypes that are fair to it."""
 
 import platform
 import resource
@@ -12,17 +12,17 @@ NATIVE = ("avx512_bf16", "amx_bf16", "avx10", "asimdbf16", "bf16")
 """What /proc/cpuinfo calls the instructions that multiply bfloat16."""
 
 
-def speed_dtype(chosen: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to run both models in: as ``chosen``, or for ``auto`` the one a person would choose on this machine.
+def speed_dtypes(chosen: str, stored: torch.dtype, device: torch.device) -> list[torch.dtype]:
+    """What a person would run a model in: as ``chosen``, or for ``auto`` what is fast on this machine.
 
-    That is the checkpoint's own 16-bit dtype on a GPU, bfloat16 on a processor that multiplies it, else float32.
+    That is the checkpoint's own 16-bit dtype on a GPU, bfloat16 on a processor that multiplies it. On others float32 is
+    fast for dense weights, bfloat16 for integers, which are then multiplied packed: the faster one of the two.
     """
     if chosen != "auto":
-        dtype: torch.dtype = getattr(torch, chosen)
-        return dtype
+        return [getattr(torch, chosen)]
     if device.type == "cuda":
-        return stored
-    return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+        return [stored]
+    return [torch.bfloat16] if _multiplies_bfloat16() else [torch.float32, torch.bfloat16]
 
 
 def described(device: torch.device) -> str:

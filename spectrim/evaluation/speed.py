@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # importing it takes seconds, and a result of the store needs
 Progress = Callable[[Sequence[int]], Iterable[int]]
 
 
+TRIED = 4
+
+
 class Throughput(TypedDict):
     """Tokens per second: ``prefill`` of a prompt and ``decode`` of one token after the other, model name -> median."""
 
@@ -68,6 +71,21 @@ def throughput(
         "prefill": {name: read / median(pair[0] for pair in pairs) for name, pairs in times.items()},
         "decode": {name: written / median(pair[1] for pair in pairs) for name, pairs in times.items()},
     }
+
+
+def to_fastest(
+    model: PreTrainedModel, dtypes: Sequence[torch.dtype], *, prefill_tokens: int, decode_tokens: int
+) -> torch.dtype:
+    """The one of ``dtypes`` in which ``model`` decodes fastest, by ``TRIED`` tokens; the model has it from then on."""
+    if len(dtypes) > 1:
+        seconds = {}
+        for dtype in dtypes:
+            nn.Module.to(model, dtype)
+            _run(model, prefill_tokens, 1)
+            seconds[dtype] = _run(model, prefill_tokens, min(TRIED, decode_tokens))[1]
+        dtypes = sorted(dtypes, key=lambda dtype: seconds[dtype])
+    nn.Module.to(model, dtypes[0])
+    return dtypes[0]
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -9,8 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from spectrim.errors import DataError, ModelError, NumericalError
+from spectrim.evaluation import speed
 from spectrim.evaluation.perplexity import generate, perplexity, quantize_model_
-from spectrim.evaluation.speed import peak_bytes, throughput, weight_bytes
+from spectrim.evaluation.speed import peak_bytes, throughput, to_fastest, weight_bytes
 from spectrim.models.modules import compressible_linears
 from tests import tiny
 
@@ -249,3 +250,14 @@ def test_a_speed_test_longer_than_the_context_is_refused() -> None:
         throughput({"dense": model}, prefill_tokens=127, decode_tokens=2, repeats=1)
     with pytest.raises(DataError, match="OPTForCausalLM"):
         peak_bytes(model, prefill_tokens=127, decode_tokens=2)
+
+
+@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
+def test_a_model_is_run_in_what_it_decodes_fastest_in(fast: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(model: PreTrainedModel, prefill_tokens: int, decode_tokens: int) -> tuple[float, float]:
+        return 1.0, decode_tokens * (1.0 if model.dtype == fast else 2.0)
+
+    monkeypatch.setattr(speed, "_run", run)
+    model, lengths = tiny.model("llama"), {"prefill_tokens": 4, "decode_tokens": 8}
+    assert to_fastest(model, [torch.float32, torch.bfloat16], **lengths) == fast == model.dtype
+    assert to_fastest(model, [torch.float16], **lengths) == torch.float16 == model.dtype

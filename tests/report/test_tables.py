@@ -148,3 +148,9 @@ def test_tasks_show_percent_error_and_points(metrics: dict[str, Any]) -> None:
     table = tables.tasks_table(metrics)
     assert table is not None
     assert table.rows == (("piqa", "acc", "–", "67.1 ± 1.0", "62.1", "−5.0"),)
+
+
+def test_what_models_ran_in_is_said(metrics: dict[str, Any]) -> None:
+    assert tables.dtypes(metrics) == "dense in float32, compressed in bfloat16: each in what it is faster in"
+    metrics["dtypes"] = dict.fromkeys(metrics["dtypes"], "bfloat16")
+    assert tables.dtypes(metrics) == "both in bfloat16"

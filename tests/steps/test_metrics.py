@@ -112,7 +112,7 @@ def test_metrics_hold_both_models_on_the_same_tokens(project: Path) -> None:
     assert set(metrics["baselines"]) == {"int8", "int4"}
     assert set(metrics["tasks"]["piqa"]) >= {"dense", "compressed"}
     assert not {"speed", "memory", "machine", "process"} & set(metrics), "what another run would not repeat"
-    assert measured["dtype"] in ("float32", "bfloat16") and measured["machine"]
+    assert set(measured["dtypes"].values()) <= {"float32", "bfloat16"} and measured["machine"]
     for entry in (*measured["speed"].values(), *measured["memory"].values()):
         assert set(entry) == {"dense", "compressed"} and all(value > 0 for value in entry.values())
     assert measured["memory"]["weights"]["compressed"] < measured["memory"]["weights"]["dense"]
