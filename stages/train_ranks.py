@@ -27,7 +27,7 @@ def main() -> None:
     device, shared = resolve(params.runtime.device), params.compression
     if RANK_METHODS[params.train_ranks.method].coded:
         with fresh_folder(artifact("train_ranks")) as out:
-            write_json(out / "ranks.json", coded_choice(params, device))
+            write_json(out / "ranks.json", coded_choice(params, device, store))
             write_curve(out / "curve.csv", [])
         return
     rounded = rounded_blocks(params, shared.alternatives, device)

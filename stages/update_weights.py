@@ -38,11 +38,13 @@ def main() -> None:
     made = {variant.name: updated_blocks(params, ranks, device, store, variant) for variant in choices}
     losses, chosen = {}, choices[0].name
     if len(made) > 1 and ranks:
-        losses = variants.validation_losses(made, device, params.runtime, store)
+        losses = variants.validation_losses(
+            "update_weights", variants.with_factors, made, device, params.runtime, store
+        )
         chosen = min(losses, key=lambda name: losses[name])
     files, kept = made[chosen], rounded_blocks.chosen(rounded, matrices, params, store)
-    if chosen_ranks["steps"] is not None:
-        kept = CodedBlocks(params, device).files(chosen_ranks["steps"])
+    if coded := chosen_ranks["coded"]:
+        kept = CodedBlocks(params, device, coded["row_damping"]).files(coded["steps"])
     refined = _refined(params, device, files, kept, store) if settings.refinement.steps and (ranks or kept) else None
     with fresh_folder(artifact("update_weights")) as out:
         if refined:

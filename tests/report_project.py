@@ -63,7 +63,7 @@ def ranks(sigmas: dict[str, np.ndarray], ratio: float, chosen: str = "gates") ->
         "bytes": total,
         "optimality_gap": 4.8e-7,
         "file": None,
-        "steps": None,
+        "coded": None,
         "validation_loss": {"uniform": 5.4312, "fisher": 3.7204, "gates": 3.6581 if chosen == "gates" else 3.7711},
         "matrices": entries,
     }

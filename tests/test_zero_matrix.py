@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "svd_llm": {
         "train_ranks__method": "svd_llm_v2", "update_weights__method": "svd_llm", "compression__format": "int8",
     },
+    "coded": {"train_ranks__method": "step", "compression__format": "coded"},
 }  # fmt: skip
 
 

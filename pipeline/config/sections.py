@@ -176,6 +176,7 @@ class TrainRanks:
     ``file``: read by the method of that name, see pipeline/steps/rank_files.py; ``file_sha256`` of it, or null.
     ``objective``: what gates and dobi minimise, the text's cross-entropy or the divergence from the dense model.
     ``keep``: of gates and dobi, the ranks that are ``best`` on the validation windows, or the ``trained`` ones anyway.
+    ``row_dampings``: of coded weights, added to the diagonals of the gradients' Grams, relative to their means.
     """
 
     method: RankMethodName
@@ -192,6 +193,7 @@ class TrainRanks:
     beta: Positive
     taylor_terms: AtLeast1
     taylor_threshold: Annotated[float, Field(gt=0, lt=1)]
+    row_dampings: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
 
 
 @with_config(STRICT)

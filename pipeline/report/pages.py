@@ -181,9 +181,18 @@ def _subtitle(params: Params, ranks: Mapping[str, Any]) -> str:
     return (
         f"{model} · ratio {params.compression.ratio:g} · {_factors(params)} factors · "
         f"ranks from {ranks['chosen']} · weights by {params.update_weights.method}"
-        if ranks["steps"] is None
+        if ranks["coded"] is None
         else f"{model} · ratio {params.compression.ratio:g} · coded weights"
     )
+
+
+def _step(coded: Mapping[str, Any]) -> str:
+    return f"{min(coded['steps']):.3g} – {max(coded['steps']):.3g} of a number that weighs 1"
+
+
+def _row_damping(coded: Mapping[str, Any]) -> str:
+    losses = ", ".join(f"{damping}: {loss:.4f}" for damping, loss in coded["validation_loss"].items())
+    return f"{coded['row_damping']:g}" + (f", by the loss on the validation windows ({losses})" if losses else "")
 
 
 def _factors(params: Params) -> Format:
@@ -197,7 +206,7 @@ def _recipe(
     ranks: Mapping[str, Any],
     found: Sequence[RankedMatrix],
 ) -> tables.Table:
-    steps = ranks["steps"]
+    coded = ranks["coded"]
     rows = [
         ("model", params.model.source),
         (
@@ -212,7 +221,7 @@ def _recipe(
         ),
         *([("knapsack", note)] if (note := notes.gap_note(ranks)) else []),
         ("weights", params.update_weights.method),
-        *([("step", f"{min(steps):.3g} – {max(steps):.3g} of a number that weighs 1")] if steps else []),
+        *([("step", _step(coded)), ("damping of rows", _row_damping(coded))] if coded else []),
         ("stored as", ", ".join(f"{name}: {count}" for name, count in Counter(m.format for m in found).most_common())),
         *([("rows", note)] if (note := notes.pivoting_note(metrics)) else []),
     ]

@@ -4,12 +4,15 @@ They lie in the layer store alone. The step is found in three rounds: by the ent
 steps, without feedback, which takes seconds; by what the code of every ``SAMPLED``th block says of that estimate; by
 the code of all blocks. What that is off by, half a percent, the sampled blocks make up for by a step of their own,
 until the code is within the budget and leaves no more of it than ``SLACK``.
+
+The damping of the rows' Grams is given: what is better for the model depends on the bits that are left to a number.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from math import log2
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,7 +29,7 @@ from spectrim.compression import statistics
 from spectrim.errors import BudgetError, NumericalError
 from spectrim.formats.packing import pack_coded
 from spectrim.maths.entropy import entropy
-from spectrim.maths.two_sided_rounding import GRADIENT_DAMPING, INPUT_DAMPING, Side, side, steps, two_sided_rounded
+from spectrim.maths.two_sided_rounding import INPUT_DAMPING, Side, side, steps, two_sided_rounded
 from spectrim.models import blocks
 
 PIVOTS = "pivots.safetensors"
@@ -38,10 +41,14 @@ MOST_BITS = 7  # a number: what is finer loses nothing to speak of, and no longe
 
 
 class CodedBlocks:
-    """The coded weights of the prepared model, as the section `compression` of ``params`` names its linears."""
+    """The coded weights of the prepared model, as the section `compression` of ``params`` names its linears.
 
-    def __init__(self, params: Params, device: torch.device) -> None:
-        self.runtime, self.device = params.runtime, device
+    Args:
+        row_damping: added to the diagonals of the gradients' Grams, relative to their means.
+    """
+
+    def __init__(self, params: Params, device: torch.device, row_damping: float) -> None:
+        self.runtime, self.device, self.row_damping = params.runtime, device, row_damping
         self.model = blocks.BlockModel(artifact("prepare"), device, tuple(params.compression.exclude))
         self.shapes = {
             name: (weight.shape[0], weight.shape[1])
@@ -101,8 +108,8 @@ class CodedBlocks:
         for index, step in steps.items():
             moments = [artifact("capture") / kind / f"{index:03}.safetensors" for kind in ("inputs", "gradients")]
             identity = (weights, [sha256_file(file) for file in moments], list(tokens), str(self.device))
-            bound = partial(compute, self.model, index, tokens, step)
-            tasks.append(keyed("coding", self.model.names[index], bound, *identity, step))
+            bound = partial(compute, self.model, index, tokens, self.row_damping, step)
+            tasks.append(keyed("coding", self.model.names[index], bound, *identity, self.row_damping, step))
         entries = run_layers(what, tasks, self.runtime, LayerStore())
         return {index: entries[self.model.names[index]] for index in steps}
 
@@ -112,35 +119,60 @@ def bytes_by_name(files: Iterable[Path]) -> dict[str, int]:
     return {name: n_bytes for file in files for name, n_bytes in read_facts(file).items()}
 
 
-def _write_pivots(model: blocks.BlockModel, index: int, tokens: Tokens, _: None, folder: Path) -> None:
+def _write_pivots(
+    model: blocks.BlockModel, index: int, tokens: Tokens, row_damping: float, _: None, folder: Path
+) -> None:
     found: dict[str, Tensor] = {}
-    for name, (rows, columns) in _sides(model, index, tokens):
+    for name, (rows, columns) in _sides(model, index, tokens, row_damping):
         found |= {f"{name}.rows": rows.pivots.cpu(), f"{name}.columns": columns.pivots.cpu().clone()}
     save_file(found, folder / PIVOTS)
 
 
-def _write_coded(model: blocks.BlockModel, index: int, tokens: Tokens, step: float, folder: Path) -> None:
+def _write_coded(
+    model: blocks.BlockModel, index: int, tokens: Tokens, row_damping: float, step: float, folder: Path
+) -> None:
     made, n_bytes, weights = {}, {}, model.weights(index)
-    for name, sides in _sides(model, index, tokens):
-        made[name] = (two_sided_rounded(weights[name].float(), *sides, step), None)
+    for name, sides in _sides(model, index, tokens, row_damping):
+        try:
+            made[name] = (two_sided_rounded(weights[name].float(), *sides, step), None)
+        except NumericalError as error:
+            raise NumericalError(f"{name}: {error}") from None
         n_bytes[name] = sum(tensor.nbytes for tensor in pack_coded(made[name][0]).tensors.values())
     write_rounded(folder / f"{index:03}.safetensors", made, n_bytes)
 
 
-def _sides(model: blocks.BlockModel, index: int, tokens: Tokens) -> Iterator[tuple[str, tuple[Side, Side]]]:
+def _sides(
+    model: blocks.BlockModel, index: int, tokens: Tokens, row_damping: float
+) -> Iterator[tuple[str, tuple[Side, Side]]]:
     """Linear and its sides, one after the other; those of an input that several linears read are made once."""
     captured = artifact("capture")
     input_of = statistics.inputs_of(captured / "inputs" / f"{index:03}.safetensors")
+    names = sorted(model.weights(index), key=lambda name: input_of[name])
+    gram_of = partial(_gram, partial(statistics.gram_of, captured, index), names, tokens.inputs)
+    gradient_gram_of = partial(_gram, partial(statistics.gradient_gram_of, captured, index), names, tokens.gradients)
     known: tuple[str, Side] | None = None
-    for name in sorted(model.weights(index), key=lambda name: input_of[name]):
-        gradient_gram = statistics.gradient_gram_of(captured, index, name).to(model.device) / tokens.gradients
+    for name in names:
         try:
             if known is None or known[0] != input_of[name]:
-                gram = statistics.gram_of(captured, index, name).to(model.device) / tokens.inputs
-                known = (input_of[name], side(gram, INPUT_DAMPING))
-            yield name, (side(gradient_gram, GRADIENT_DAMPING), known[1])
+                known = (input_of[name], side(gram_of(name).to(model.device), INPUT_DAMPING))
+            rows = side(gradient_gram_of(name).to(model.device), row_damping)
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from None
+        yield name, (rows, known[1])
+
+
+def _gram(of: Callable[[str], Tensor], names: Sequence[str], count: int, name: str) -> Tensor:
+    """A Gram per token; of zeros, with which any step would do, a multiple of the identity as large as the others'.
+
+    Args:
+        of: linear -> its Gram, summed over ``count`` tokens.
+        names: of the block.
+    """
+    gram = of(name) / count
+    if gram.any():
+        return gram
+    means = [float(of(other).diagonal().mean()) / count for other in names]
+    return torch.eye(len(gram), dtype=gram.dtype) * fmean([mean for mean in means if mean] or [1.0])
 
 
 def _estimated(parts: Iterable[tuple[Tensor, int, int]], step: float) -> float:

@@ -1,31 +1,61 @@
-"""The choice of `train_ranks` where all weights are coded: no ranks, but the step that fills the byte budget."""
+"""The choice of `train_ranks` where all weights are coded: no ranks, but the step that fills the byte budget.
 
-from collections.abc import Iterable, Mapping
+Where ``train_ranks.row_dampings`` has several, the weights are coded with each, and the validation windows choose.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pipeline.config.params import Params
+from pipeline.runtime.store import LayerStore
 from pipeline.steps.coded_blocks import CodedBlocks, bytes_by_name
 from pipeline.steps.factor_files import read_rounded
 from pipeline.steps.ranks_table import described
+from pipeline.steps.variants import validation_losses, with_rounded
 from spectrim.checkpoint.layout import Matrix
 from spectrim.errors import BudgetError
 from spectrim.formats.coding import split
 from spectrim.maths.budget import Shape, budget_bytes
 
 
-def coded_choice(params: Params, device: torch.device) -> dict[str, Any]:
+class _Candidate(NamedTuple):
+    """The steps of one damping of the rows, and the files that are made with them."""
+
+    row_damping: float
+    steps: Sequence[float]
+    files: Sequence[Path]
+
+
+def coded_choice(params: Params, device: torch.device, store: LayerStore) -> dict[str, Any]:
     """ranks.json: every matrix coded, at the step that fills the byte budget."""
-    coded, shared = CodedBlocks(params, device), params.compression
-    steps = coded.steps(budget_bytes(coded.shapes.values(), shared.ratio))
-    matrices = {name: Matrix(shared.format, min(shape)) for name, shape in coded.shapes.items()}
-    files = coded.files(steps)
-    n_bytes = bytes_by_name(files)
-    _require_memory(files, coded.shapes, shared.memory_ratio)
-    found = described(shared, params.train_ranks.method, matrices, coded.shapes, n_bytes, steps=steps)
+    shared, dampings = params.compression, params.train_ranks.row_dampings
+    coded = {f"{damping:g}": CodedBlocks(params, device, damping) for damping in dampings}
+    shapes = next(iter(coded.values())).shapes
+    budget = budget_bytes(shapes.values(), shared.ratio)
+    candidates = {name: _candidate(blocks, budget) for name, blocks in coded.items()}
+    losses = dict[str, float]()
+    if len(candidates) > 1:
+        files = {name: candidate.files for name, candidate in candidates.items()}
+        losses = validation_losses("train_ranks", with_rounded, files, device, params.runtime, store)
+    best = candidates[min(losses, key=lambda name: losses[name]) if losses else next(iter(candidates))]
+    _require_memory(best.files, shapes, shared.memory_ratio)
+    found = described(
+        shared,
+        params.train_ranks.method,
+        {name: Matrix(shared.format, min(shape)) for name, shape in shapes.items()},
+        shapes,
+        bytes_by_name(best.files),
+        coded={"row_damping": best.row_damping, "steps": best.steps, "validation_loss": losses},
+    )
     return found | {"chosen": params.train_ranks.method, "validation_loss": {}}
+
+
+def _candidate(coded: CodedBlocks, budget: int) -> _Candidate:
+    steps = coded.steps(budget)
+    return _Candidate(coded.row_damping, steps, coded.files(steps))
 
 
 def _require_memory(files: Iterable[Path], shapes: Mapping[str, Shape], ratio: float | None) -> None:

@@ -1,6 +1,6 @@
 """The content of artifacts/train_ranks/ranks.json: what every matrix is stored in, at which rank, in how many bytes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config.sections import Compression
@@ -18,7 +18,7 @@ def described(
     *,
     optimality_gap: float | None = None,
     file: Mapping[str, Any] | None = None,
-    steps: Sequence[float] | None = None,
+    coded: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """ranks.json without its `chosen` and `validation_loss`.
 
@@ -27,7 +27,8 @@ def described(
         matrices, shapes, n_bytes: of every linear, by name.
         optimality_gap: of a knapsack.
         file: what the budget has changed of the ranks of a file.
-        steps: of coded weights, one per block.
+        coded: of coded weights, the ``steps``, one per block, the ``row_damping``, and the ``validation_loss`` of each
+            that was tried.
     """
     kept = shared.ratio if shared.format in budget.CODED else shared.kept
     rows = {
@@ -51,6 +52,6 @@ def described(
         "bytes": sum(n_bytes.values()),
         "optimality_gap": optimality_gap,
         "file": file,
-        "steps": steps,
+        "coded": coded,
         "matrices": rows,
     }

@@ -154,7 +154,9 @@ RANK_METHODS: dict[str, RankMethod] = {
     ),
     "fisher": RankMethod("least predicted loss under the budget", reads=("spectra",), proposed_by="fisher"),
     "step": RankMethod(
-        "none: one step for all coded weights, so large that their code fills the budget", reads=("grams",), coded=True
+        "none: one step for all coded weights, so large that their code fills the budget",
+        reads=("grams", "windows"),
+        coded=True,
     ),
     "file": RankMethod("ranks from a file, put onto the budget", reads=("file",), proposed_by="from_file"),
 }

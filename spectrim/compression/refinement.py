@@ -67,9 +67,7 @@ def attach_factors(model: nn.Module, factors: Mapping[str, Factors]) -> dict[str
     return modules
 
 
-def attach_rounded(
-    model: nn.Module, rounded: Mapping[str, RoundedWeight]
-) -> dict[str, RoundedTraining | SteppedTraining]:
+def attach_rounded(model: nn.Module, rounded: Mapping[str, RoundedWeight]) -> dict[str, StepsTraining]:
     """Put rounded weights in the place of the linears of their names, with the factors of what rounding lost.
 
     Args:
@@ -84,7 +82,7 @@ def attach_rounded(
             if isinstance(weight, Stepped)
             else RoundedTraining(weight, residual, linear.bias)
         )
-        modules[name] = module.to(linear.weight.device)
+        modules[name] = module.to(next(linear.parameters()).device)  # it may stand in for a linear already
         replace(model, name, modules[name])
     return modules
 

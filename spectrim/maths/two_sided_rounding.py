@@ -33,7 +33,7 @@ from spectrim.maths.whitening import cholesky, require_finite
 BLOCK = 64
 """Rows and columns of a block."""
 
-INPUT_DAMPING, GRADIENT_DAMPING = 1e-2, 3e-2
+INPUT_DAMPING = 1e-2
 MAX_DAMPING = 1.0
 
 

@@ -62,6 +62,7 @@ REFUSED: dict[str, list[Any]] = {
     "train_ranks.beta": [0, -10, float("inf")],
     "train_ranks.taylor_terms": [0],
     "train_ranks.taylor_threshold": [0, 1, 1.5],
+    "train_ranks.row_dampings": [[], [0.0], [0.03, 2.0], 0.3, None],
     "update_weights.method": ["gates", ""],
     "update_weights.anchor": [
         {**ANCHOR, key: value} for key, value in (*(("alpha", -0.1), ("alpha", 1.5), ("damping", 0), ("gamma", 1.0)),)

@@ -31,6 +31,20 @@ def test_the_code_fills_the_budget(ratio: float, captured_llama: Project, tmp_pa
     assert summary["after"] <= summary["before"]
 
 
+def test_the_validation_windows_choose_the_damping_of_the_rows(captured_llama: Project, tmp_path: Path) -> None:
+    project = captured_llama.copy(tmp_path / "project")
+    found = {}
+    for dampings in ([0.03, 1.0], [1.0, 0.03], [0.03], [1.0]):
+        project.change(**CODED, compression__ratio=0.3, train_ranks__row_dampings=dampings)
+        project.stages("train_ranks")
+        found[tuple(dampings)] = read(project.folder / "artifacts" / "train_ranks" / "ranks.json")["coded"]
+    losses = found[0.03, 1.0].pop("validation_loss")
+    assert losses == found[1.0, 0.03].pop("validation_loss") and losses["0.03"] != losses["1"]
+    assert found[0.03,].pop("validation_loss") == found[1.0,].pop("validation_loss") == {}
+    assert found[0.03, 1.0] == found[1.0, 0.03] == found[0.03 if losses["0.03"] < losses["1"] else 1.0,]
+    assert found[0.03,] != found[1.0,]
+
+
 def test_memory_is_bounded_by_name(captured_llama: Project, tmp_path: Path) -> None:
     project = captured_llama.copy(tmp_path / "project")
     project.change(**CODED, compression__ratio=0.4, compression__memory_ratio=0.45)
