@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,35 @@ def test_batches_do_not_change_a_score(tmp_path: Path) -> None:
     model, tokenizer = tiny.model("opt"), tiny.tokenizer()
     one, many = (run_tasks(model, tokenizer, tasks, batch_size=size) for size in (1, 4))
     assert one == many
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.steps.tasks import load_tasks, run_tasks
+from tests import tiny
+model, calls = tiny.model("llama"), []
+def count(*_):
+    calls.append(1)
+    if len(calls) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+model.register_forward_pre_hook(count)
+run_tasks(model, tiny.tokenizer(), load_tasks({"arc_easy": sys.argv[1]}), answers=Path(sys.argv[2]))
+"""
+
+
+def test_a_kill_inside_a_task_costs_the_answer_that_was_under_way(tmp_path: Path) -> None:
+    data, answers = save_jsonl(tmp_path / "questions.jsonl"), tmp_path / "answers"
+    tasks = load_tasks({"arc_easy": str(data)})
+    whole = run_tasks(tiny.model("llama"), tiny.tokenizer(), tasks)
+    command = [sys.executable, "-c", KILLED, str(data), str(answers)]
+    done = subprocess.run(command, cwd=tiny.REPOSITORY, env=tiny.process_environment(), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    model, calls = tiny.model("llama"), list[int]()
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert run_tasks(model, tiny.tokenizer(), tasks, answers=answers) == whole
+    n_answers = sum(len(texts) for _, texts, _ in QUESTIONS)
+    assert len(calls) <= n_answers - 6, "answers that were kept were asked for again"  # 7 done, the last on its way
 
 
 def test_every_bad_entry_is_named_before_anything_is_computed(tmp_path: Path) -> None:
