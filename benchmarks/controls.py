@@ -1,9 +1,14 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["llmcompressor==0.14.0.1", "compressed-tensors", "datasets", "pyarrow", "torch", "transformers"]
+# ///
 """What people quantize with, on the windows of this project: one JSON object per scheme, ready for a table.
 
     python -m venv ENV && ENV/bin/pip install llmcompressor==0.14.0.1
     ENV/bin/python benchmarks/controls.py [--text FILE]
 
-It runs in an environment of its own, since llm-compressor pins other versions, so it imports nothing of this project.
+It runs in an environment of its own, which its first lines declare (`uv run` makes it), since llm-compressor pins other
+versions. So it imports nothing of this project.
 The model, the calibration windows and the test windows are those of `dvc repro calibrate`; FILE is one more text, 16
 windows of it.
 

@@ -50,15 +50,29 @@ def declared(*extras: str) -> set[str]:
     return {str(canonicalize_name(Requirement(line).name)) for line in lines}
 
 
+def declared_by_itself(text: str) -> set[str]:
+    """Packages of a script that has an environment of its own and declares it in its first lines (PEP 723)."""
+    block = re.match(r"# /// script\n((?:#.*\n)*?)# ///\n", text)
+    lines = tomllib.loads(re.sub(r"(?m)^# ?", "", block[1]))["dependencies"] if block else []
+    return {str(canonicalize_name(Requirement(line).name)) for line in lines}
+
+
 def imported(folder: Path) -> dict[str, set[str]]:
-    """Top-level name of every import below ``folder`` that is neither Python's own nor this project's -> its files."""
+    """Top-level name of every import below ``folder`` that is neither Python's own nor this project's -> its files.
+
+    What a script declares by itself is left out.
+    """
     found: dict[str, set[str]] = {}
     for file in sorted(folder.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        text = file.read_text(encoding="utf-8")
+        own = declared_by_itself(text)
+        for node in ast.walk(ast.parse(text)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [str(node.module)]
             for name in {name.partition(".")[0] for name in names} - OURS - sys.stdlib_module_names - {"__main__"}:
+                if packages(name) & own:
+                    continue
                 found.setdefault(name, set()).add(file.relative_to(folder.parent).as_posix())
     return found
 
@@ -129,6 +143,9 @@ def test_an_undeclared_import_is_found(tmp_path: Path) -> None:
     (tmp_path / "room" / "late.py").write_text("def load():\n    from yaml.nodes import Node\n    return Node\n")
     assert undeclared(tmp_path / "room", declared()) == {"yaml": {"room/late.py"}}
     assert undeclared(tmp_path / "room", declared("pipeline")) == {}
+    head = '# /// script\n# dependencies = ["llmcompressor==0.14"]\n# ///\n'
+    (tmp_path / "room" / "late.py").write_text(head + "import llmcompressor\nimport yaml\n")
+    assert undeclared(tmp_path / "room", declared()) == {"yaml": {"room/late.py"}}
 
 
 def test_nothing_is_declared_that_nothing_imports() -> None:
