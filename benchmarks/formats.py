@@ -32,7 +32,7 @@ from pipeline.steps.factor_files import VECTORS
 from pipeline.steps.measure import evaluation_windows, text_perplexities
 from pipeline.steps.model_folders import load_model, load_tokenizer
 from spectrim.checkpoint.layout import Matrix
-from spectrim.checkpoint.saving import assemble, half_dtype
+from spectrim.checkpoint.saving import assemble
 from spectrim.compression.statistics import gram_of
 from spectrim.errors import ConfigError, SpectrimError
 from spectrim.maths.budget import FACTORED, Format
@@ -60,9 +60,7 @@ def checkpoint(format: Format, folder: Path) -> dict[str, Any]:
     for file in progress(sorted(updated.glob("[0-9]*.safetensors")), f"packing as {format}"):
         blocks.append(folder / file.stem)
         blocks[-1].mkdir()
-        packing.pack_block(
-            [file], partial(gram_of, captured, int(file.stem)), matrices, half_dtype(prepared), blocks[-1]
-        )
+        packing.pack_block([file], partial(gram_of, captured, int(file.stem)), matrices, blocks[-1])
     packed = packing.load_packed(blocks)
     return assemble(
         prepared, folder / "made", packed, matrices, ratio_target=ranks["ratio"], provenance={},

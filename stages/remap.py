@@ -25,7 +25,7 @@ def main() -> None:
     """Pack the factors of every block and write the checkpoint."""
     params, dense = load(), artifact("prepare")
     require_model(dense)
-    ranks_file, half = artifact("train_ranks", "ranks.json"), saving.half_dtype(dense)
+    ranks_file = artifact("train_ranks", "ranks.json")
     ranks = read_json(ranks_file)
     format = None if params.remap.format == "same" else params.remap.format
     captured = artifact("capture")
@@ -43,8 +43,8 @@ def main() -> None:
         keyed(
             "remap",
             f"block {block}",
-            partial(packing.pack_block, files, partial(statistics.gram_of, captured, int(block)), matrices, half),
-            *(factors[block], read[block], listed, str(half)),
+            partial(packing.pack_block, files, partial(statistics.gram_of, captured, int(block)), matrices),
+            *(factors[block], read[block], listed),
         )
         for block, files in blocks.items()
     ]

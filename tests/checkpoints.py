@@ -43,17 +43,17 @@ def truncated(weight: Tensor, rank: int) -> Factors:
     return Factors((left[:, :rank] * sigma[:rank]).float(), right[:rank].float())
 
 
-def packed_weight(weight: Tensor, format: Format, dtype: torch.dtype) -> Packed:
+def packed_weight(weight: Tensor, format: Format) -> Packed:
     """A weight as ``format`` stores it, factors at RANK."""
     if format in CODED:  # the largest numbers do not fit a byte
         plain = (side(torch.eye(size, dtype=torch.float64), 0.0) for size in weight.shape)
         return pack_coded(two_sided_rounded(weight, *plain, float(weight.abs().max()) / 200))
     if format not in ROUNDED:
-        return pack(truncated(weight, RANK), format, dtype)
+        return pack(truncated(weight, RANK), format)
     grid = ROUNDED[format]
     rounded = round_to_nearest(weight, grid.n_bits, grid.group_size(weight.shape[1]))
     residual = truncated(weight - dequantize(rounded), RANK) if format in RESIDUAL else None
-    return pack_rounded(rounded, format, residual, dtype)
+    return pack_rounded(rounded, format, residual)
 
 
 def stored_linear(
@@ -63,7 +63,7 @@ def stored_linear(
     return kind_of(format).from_tensors(tensors, format, *shape, bias)
 
 
-def chosen(dense: Path, format: Format, dtype: torch.dtype) -> tuple[dict[str, Matrix], dict[str, Packed]]:
+def chosen(dense: Path, format: Format) -> tuple[dict[str, Matrix], dict[str, Packed]]:
     """Every linear in ``format`` at one rank, the last one dense."""
     model = AutoModelForCausalLM.from_pretrained(dense)
     matrices, packed = {}, {}
@@ -73,16 +73,14 @@ def chosen(dense: Path, format: Format, dtype: torch.dtype) -> tuple[dict[str, M
         assert stored == format
         without_factors = format in (*ROUNDED, *CODED) and format not in RESIDUAL
         matrices[name] = Matrix(stored, min(linear.weight.shape) if without_factors else RANK)
-        packed[name] = packed_weight(linear.weight.detach(), stored, dtype)
+        packed[name] = packed_weight(linear.weight.detach(), stored)
     matrices[name] = Matrix("dense", min(linear.weight.shape))
     del packed[name]
     return matrices, packed
 
 
-def build(
-    dense: Path, destination: Path, format: Format, dtype: torch.dtype = torch.float16, shard: str = "2GB"
-) -> dict[str, Any]:
-    matrices, packed = chosen(dense, format, dtype)
+def build(dense: Path, destination: Path, format: Format, shard: str = "2GB") -> dict[str, Any]:
+    matrices, packed = chosen(dense, format)
     return assemble(
         dense, destination, packed, matrices, ratio_target=0.5, provenance={"made": "here"}, max_shard_size=shard
     )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,7 +43,6 @@ def pack_block(
     files: Sequence[Path],
     grams: Callable[[str], Tensor],
     matrices: Mapping[str, Matrix],
-    half: torch.dtype,
     folder: Path,
 ) -> None:
     """Write the packed tensors of the block whose factors are in the first of ``files``, rounded weights in others.
@@ -55,13 +53,13 @@ def pack_block(
     for name, factors in read_factors(files[0]).items():
         format = matrices[name].format
         if format != "dense":
-            packed[name] = pack(factors, format, half, grams(name) if format in INT8_FACTORS else None)
+            packed[name] = pack(factors, format, grams(name) if format in INT8_FACTORS else None)
     for file in files[1:]:
         for name, (weight, residual) in read_rounded(file).items():
             packed[name] = (
                 pack_coded(weight)
                 if isinstance(weight, Stepped)
-                else pack_rounded(weight, matrices[name].format, residual, half)
+                else pack_rounded(weight, matrices[name].format, residual)
             )
     tensors = {f"{name}.{suffix}": tensor for name in sorted(packed) for suffix, tensor in packed[name].tensors.items()}
     facts = {name: matrix.facts for name, matrix in sorted(packed.items())}

@@ -17,7 +17,6 @@ from pipeline.runtime.artifacts import artifact, sha256_file
 from pipeline.runtime.layers import keyed, run_layers
 from pipeline.runtime.store import LayerStore
 from pipeline.steps.spectra_file import Tokens, read_tokens
-from spectrim.checkpoint import saving
 from spectrim.compression import statistics, storage_loss
 from spectrim.errors import NumericalError
 from spectrim.maths.budget import INT8_FACTORS, Format
@@ -32,12 +31,12 @@ def storage_losses(params: Params, formats: Iterable[Format], device: torch.devi
 
 
 def _losses(params: Params, format: Format, device: torch.device) -> dict[str, float]:
-    tokens, half = read_tokens(artifact("capture")), saving.half_dtype(artifact("prepare"))
+    tokens = read_tokens(artifact("capture"))
     tasks = []
     for index, file in enumerate(sorted((artifact("capture") / "factors").glob("*.safetensors"))):
         files = [artifact("capture") / kind / file.name for kind in ("inputs", "gradients", "factors")]
-        identity = ([sha256_file(part) for part in files], list(tokens), str(half), str(device))
-        compute = partial(_write, index, format, half, tokens, device)
+        identity = ([sha256_file(part) for part in files], list(tokens), str(device))
+        compute = partial(_write, index, format, tokens, device)
         tasks.append(keyed("storage loss", f"block {file.stem}", compute, format, *identity))
     entries = run_layers(f"rounding to {format}", tasks, params.runtime, LayerStore())
     found: dict[str, float] = {}
@@ -46,7 +45,7 @@ def _losses(params: Params, format: Format, device: torch.device) -> dict[str, f
     return found
 
 
-def _write(index: int, format: Format, half: torch.dtype, tokens: Tokens, device: torch.device, folder: Path) -> None:
+def _write(index: int, format: Format, tokens: Tokens, device: torch.device, folder: Path) -> None:
     captured, file = artifact("capture"), f"{index:03}.safetensors"
     stored = load_file(captured / "factors" / file, device=str(device))
     losses = {}
@@ -56,7 +55,7 @@ def _write(index: int, format: Format, half: torch.dtype, tokens: Tokens, device
         gram = statistics.gram_of(captured, index, name).to(device) / tokens.inputs
         gradient_gram = statistics.gradient_gram_of(captured, index, name).to(device) / tokens.gradients
         try:
-            loss = storage_loss.storage_loss(factors, format, half, gram, gradient_gram)
+            loss = storage_loss.storage_loss(factors, format, gram, gradient_gram)
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from None
         losses[name] = torch.tensor([loss], dtype=torch.float64)

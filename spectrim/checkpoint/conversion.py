@@ -17,7 +17,8 @@ from spectrim.checkpoint.layout import (
 from spectrim.checkpoint.saving import read_tensor, write_checkpoint
 from spectrim.errors import CheckpointError
 from spectrim.formats.lowrank_linear import LowRankLinear, factors_of
-from spectrim.formats.packing import PIVOTING, Packed, narrow, pack
+from spectrim.formats.packing import PIVOTING, Packed, pack
+from spectrim.formats.stored_linear import narrow
 from spectrim.maths.budget import FACTORED, Format, resolve_format
 
 
@@ -43,7 +44,7 @@ def convert(folder: Path, destination: Path, format: Format, max_shard_size: str
     config = read_config(folder)
     half = HALF[config.stored_dtype]
     entries = headers(weight_files(folder))
-    check_half(entries, half)
+    check_half(entries, config)
     modules = by_module(entries)
     about = _about(folder)
     matrices, stored = dict(config.listed), dict[str, Packed]()
@@ -62,7 +63,7 @@ def convert(folder: Path, destination: Path, format: Format, max_shard_size: str
             stored[name] = Packed({"weight": narrow(factors.left @ factors.right, half)})
         else:
             matrices[name] = Matrix(wanted, matrix.rank)
-            stored[name] = pack(factors, wanted, half)
+            stored[name] = pack(factors, wanted)
     provenance = {"converted_from": about["provenance"], "format": format}
     others = {name: read_tensor(entry, name) for name, entry in entries.items()}
     return write_checkpoint(

@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from spectrim.checkpoint.layout import Matrix
 from spectrim.checkpoint.saving import write_checkpoint
 from spectrim.errors import CheckpointError
-from spectrim.formats.packing import Packed, narrow, pack
+from spectrim.formats.packing import Packed, pack
+from spectrim.formats.stored_linear import narrow
 from spectrim.maths.budget import Format, dense_bytes, resolve_format
 from spectrim.maths.lowrank import Factors
 

@@ -10,7 +10,7 @@
         "quant_method": "spectrim",
         "version": 1,
         "ratio": 0.7996,              bytes of the matrices below / their bytes in 16 bit, measured
-        "stored_dtype": "float16",    or "bfloat16": the 16-bit dtype of this checkpoint
+        "stored_dtype": "float16",    or "bfloat16": of dense matrices, and of all else in 16 bit
         "matrices": {"model.layers.0.self_attn.q_proj": {"format": "float16", "rank": 224}, ...}
     }
 
@@ -22,7 +22,7 @@ Notes:
 - Every other tensor, biases included, has the name and value it has in the dense model.
 - ``NAME.weight`` never has the shape of the dense weight unless it is the dense weight, so that a load without
   ``import spectrim`` ends with a size mismatch instead of random weights.
-- Every 16-bit tensor but a scale, listed or not, is of ``stored_dtype``.
+- Every 16-bit tensor but scales and factors, listed or not, is of ``stored_dtype``.
 - A tensor that is missing, unlisted or of another shape or dtype is an error; so is an unknown version, format or key.
 - Weights are safetensors only. Nothing in the folder is executed.
 """
@@ -161,13 +161,20 @@ def headers(files: Iterable[Path]) -> dict[str, Entry]:
     return entries
 
 
-def check_half(entries: Mapping[str, Entry], half: torch.dtype) -> None:
-    """Raise CheckpointError unless all 16-bit tensors but scales have the dtype of the checkpoint.
+def check_half(entries: Mapping[str, Entry], config: SpectrimConfig) -> None:
+    """Raise CheckpointError unless all 16-bit tensors have the dtype of the checkpoint, or that of their format.
 
     float16 and bfloat16 have one size: without this a changed header would give another model.
     """
+    half = HALF[config.stored_dtype]
+    declared = {
+        f"{name}.{suffix}"
+        for name, matrix in config.listed.items()
+        for suffix, dtype in FORMATS[matrix.format].dtypes().items()
+        if dtype is not None
+    }  # what check_matrix compares
     for name, entry in entries.items():
-        if CODES.get(entry.dtype) in {*HALF.values()} - {half} and not name.endswith("_scale"):
+        if CODES.get(entry.dtype) in {*HALF.values()} - {half} and name not in declared:
             raise CheckpointError(
                 f"{name}: is {entry.dtype}, stored_dtype of the checkpoint is {str(half).removeprefix('torch.')}; "
                 "build or fetch the checkpoint again"
@@ -252,7 +259,7 @@ def read_bytes(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     files, config = weight_files(folder), read_config(folder)
     entries = headers(files)
-    check_half(entries, HALF[config.stored_dtype])
+    check_half(entries, config)
     modules = by_module(entries)
     linears = memory = dense = multiply_adds = 0
     for name, matrix in config.listed.items():

@@ -23,8 +23,8 @@ from spectrim.errors import CheckpointError
 from spectrim.formats.coded_linear import CodedLinear
 from spectrim.formats.kinds import kind_of
 from spectrim.formats.shared_input import share
-from spectrim.formats.stored_linear import StoredLinear, stored_tensors
-from spectrim.maths.budget import Format
+from spectrim.formats.stored_linear import StoredLinear, narrow
+from spectrim.maths.storage_formats import FORMATS
 from spectrim.models.modules import replace, same_input
 
 if TYPE_CHECKING:  # this file is loaded while transformers itself is being imported
@@ -37,9 +37,9 @@ register_quantization_config(METHOD)(SpectrimConfig)
 class SpectrimQuantizer(HfQuantizer):
     """Loads and saves Spectrim checkpoints; transformers calls it, nobody else needs to.
 
-    ``save_pretrained`` stores a model of a 16-bit dtype in that. Of a float32 model it rounds the tensors of the listed
-    matrices to the checkpoint's 16-bit dtype, which they had in the file, and stores any other one in 16 bit exactly
-    when that loses nothing.
+    ``save_pretrained`` stores a model of a 16-bit dtype in that. Of any model it rounds the tensors of the listed
+    matrices to the dtypes which they had in the file; of a float32 model it stores any other one in 16 bit exactly when
+    that loses nothing.
     """
 
     requires_calibration = True  # a dense model is compressed by the pipeline, not while it loads
@@ -57,10 +57,12 @@ class SpectrimQuantizer(HfQuantizer):
             self.quantization_config.stored_dtype = str(model.dtype).removeprefix("torch.")
             model.config.quantization_config = self.quantization_config
         half = HALF[self.quantization_config.stored_dtype]
-        lossy = set()
-        for name, matrix in self.quantization_config.listed.items():
-            lossy |= {f"{name}.{suffix}" for suffix in _half_suffixes(matrix.format)}
-        return _in_half(model.state_dict(), half, lossy), {}
+        of_matrices = {
+            f"{name}.{suffix}": half if dtype is None else getattr(torch, dtype)
+            for name, matrix in self.quantization_config.listed.items()
+            for suffix, dtype in FORMATS[matrix.format].dtypes().items()
+        }
+        return _as_stored(model.state_dict(), half, of_matrices), {}
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **_: Any
@@ -73,7 +75,7 @@ class SpectrimQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files]
         _require_inside(files, model.name_or_path)
         entries = headers(files)
-        check_half(entries, HALF[self.quantization_config.stored_dtype])
+        check_half(entries, self.quantization_config)
         self._replace_linears(model, entries)
         _check_keys(model, entries)
 
@@ -153,31 +155,28 @@ def _lay_out(model: PreTrainedModel) -> None:
             done.result()
 
 
-def _half_suffixes(format: Format) -> set[str]:
-    """The tensors of a format that are 16-bit in the file, whatever the shape of the matrix."""
-    shapes = ((1, 2), (2, 1))  # each side is the longer one once
-    stored = [
-        item
-        for out_features, in_features in shapes
-        for item in stored_tensors(format, out_features, in_features, 1).items()
-    ]
-    return {suffix for suffix, tensor in stored if tensor.dtype is None}
-
-
-def _in_half(state: Mapping[str, Tensor], half: torch.dtype, lossy: set[str]) -> dict[str, Tensor]:
-    """``state`` with float32 tensors in ``half`` where that is exact or the name is in ``lossy``; ties stay ties."""
+def _as_stored(
+    state: Mapping[str, Tensor], half: torch.dtype, of_matrices: Mapping[str, torch.dtype]
+) -> dict[str, Tensor]:
+    """``state`` in a file's dtypes: those ``of_matrices``, else float32 in ``half`` where exact; ties stay ties."""
     done: dict[tuple[int, torch.Size], Tensor] = {}
     result = {}
     for name, tensor in state.items():
-        if tensor.dtype != torch.float32 or tensor.is_meta or name.endswith("_scale"):
+        wanted = of_matrices.get(name)
+        if tensor.is_meta or tensor.dtype == wanted or (wanted is None and tensor.dtype != torch.float32):
             result[name] = tensor.contiguous()  # safetensors takes no other
             continue
         tie = (tensor.data_ptr(), tensor.shape)
         if tie not in done:
-            narrow = tensor.to(half)
-            done[tie] = (narrow if name in lossy or torch.equal(narrow.float(), tensor) else tensor).contiguous()
+            done[tie] = (_in_half(tensor, half) if wanted is None else narrow(tensor, wanted)).contiguous()
         result[name] = done[tie]
     return result
+
+
+def _in_half(tensor: Tensor, half: torch.dtype) -> Tensor:
+    """``tensor`` in ``half`` where that is exact."""
+    rounded = tensor.to(half)
+    return rounded if torch.equal(rounded.float(), tensor) else tensor
 
 
 def _require_inside(files: Iterable[Path], folder: str | None) -> None:

@@ -24,7 +24,8 @@ from spectrim.checkpoint.layout import (
     weight_files,
 )
 from spectrim.errors import CheckpointError
-from spectrim.formats.packing import Packed, narrow
+from spectrim.formats.packing import Packed
+from spectrim.formats.stored_linear import narrow
 from spectrim.maths.budget import dense_bytes
 
 

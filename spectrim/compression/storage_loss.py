@@ -6,7 +6,6 @@ with Q what the storage format multiplies with. With G and D divided by their nu
 per token, as are the Σ_{i>r} σᵢ² / 2 of ``maths.lowrank.two_sided``, so that the two add up and compare.
 """
 
-import torch
 from torch import Tensor
 
 from spectrim.formats.lowrank_linear import LowRankLinear
@@ -15,20 +14,19 @@ from spectrim.maths.budget import Format
 from spectrim.maths.lowrank import Factors
 
 
-def storage_loss(factors: Factors, format: Format, dtype: torch.dtype, gram: Tensor, gradient_gram: Tensor) -> float:
+def storage_loss(factors: Factors, format: Format, gram: Tensor, gradient_gram: Tensor) -> float:
     """tr(D E G Eᵀ) of ``factors`` stored in ``format``, rounded against the Gram as `remap` does it.
 
     Args:
         factors: left (out, rank), right (rank, in), floating point.
         format: one of ``budget.FACTORED``.
-        dtype: 16-bit dtype of what is not int8.
         gram, gradient_gram: G (in, in) and D (out, out), float64, per token.
 
     Raises:
-        CheckpointError: a value does not fit ``dtype``.
+        CheckpointError: a value does not fit float16.
         NumericalError: a value is not finite.
     """
-    tensors = pack(factors, format, dtype, gram).tensors
+    tensors = pack(factors, format, gram).tensors
     stored = LowRankLinear.from_tensors(tensors, format, len(factors.left), factors.right.shape[1], None)
     error = factors.left.double() @ factors.right.double() - stored.dense_weight().double()
     return float(((gradient_gram @ error) * (error @ gram)).sum())

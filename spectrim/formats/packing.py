@@ -8,14 +8,14 @@ from torch import Tensor
 
 from spectrim.errors import CheckpointError
 from spectrim.formats.coding import encode, split
-from spectrim.formats.stored_linear import stored_tensors
+from spectrim.formats.stored_linear import narrow, stored_tensors
 from spectrim.maths import quantization
 from spectrim.maths.budget import Format
 from spectrim.maths.factor_rounding import round_factors
 from spectrim.maths.lowrank import Factors
 from spectrim.maths.pivoting import pivot
 from spectrim.maths.quantization import Quantized, balance, principal
-from spectrim.maths.storage_formats import FORMATS, StorageFormat
+from spectrim.maths.storage_formats import FACTOR, FORMATS, StorageFormat
 from spectrim.maths.two_sided_rounding import Stepped
 
 PIVOTING = ("condition", "exchanges")
@@ -33,7 +33,7 @@ class Packed(NamedTuple):
     facts: Mapping[str, float] = {}
 
 
-def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16, gram: Tensor | None = None) -> Packed:
+def pack(factors: Factors, format: Format, gram: Tensor | None = None) -> Packed:
     """left @ right in ``format``.
 
     The norm of each direction is shared equally by both factors first, and directions that become integers are made
@@ -42,11 +42,10 @@ def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16, g
     Args:
         factors: left (out, rank), right (rank, in), floating point.
         format: one of ``budget.FACTORED``.
-        dtype: 16-bit dtype of what is not int8.
         gram: of the inputs, (in, in); with it the left factor makes up for what int8 has changed in the right one.
 
     Raises:
-        CheckpointError: a value does not fit ``dtype``.
+        CheckpointError: a value does not fit float16.
         NumericalError: a value is not finite.
     """
     chosen, extra, facts = FORMATS[format], dict[str, Tensor](), dict[str, float]()
@@ -57,18 +56,15 @@ def pack(factors: Factors, format: Format, dtype: torch.dtype = torch.float16, g
         factors = Factors(pivoted.coefficients, pivoted.rows)
     else:
         factors = _even(factors, chosen)
-    return Packed(_sides(factors, "weight", dtype, rows, gram) | extra, facts)
+    return Packed(_sides(factors, "weight", rows, gram) | extra, facts)
 
 
-def pack_rounded(
-    rounded: Quantized, format: Format, residual: Factors | None = None, dtype: torch.dtype = torch.float16
-) -> Packed:
+def pack_rounded(rounded: Quantized, format: Format, residual: Factors | None = None) -> Packed:
     """A rounded weight in ``format``, with factors of what rounding lost if it has them.
 
     Args:
         rounded: symmetric, of the format's bits, in groups of the format's grid.
         residual: left (out, rank), right (rank, in).
-        dtype: 16-bit dtype of factors that are not int8.
 
     Raises:
         CheckpointError: the groups are not the format's, or it has factors and there are none.
@@ -88,28 +84,13 @@ def pack_rounded(
     }
     if residual is None:
         return Packed(packed)
-    return Packed(packed | _sides(_even(residual, chosen), "right", dtype, _int8_rows(format, residual)))
+    return Packed(packed | _sides(_even(residual, chosen), "right", _int8_rows(format, residual)))
 
 
 def pack_coded(weight: Stepped) -> Packed:
     """A weight with a step per row and column, its integers entropy coded."""
     code = encode(split(weight.values))
     return Packed({"weight": code, "weight_scale": weight.rows, "input_scale": weight.columns})
-
-
-def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in a 16-bit dtype.
-
-    Raises:
-        CheckpointError: a value does not fit.
-    """
-    rounded = tensor.to(dtype)
-    if not rounded.isfinite().all():
-        raise CheckpointError(
-            f"a weight of {tensor.abs().max():.3g} does not fit {dtype}, whose largest number is "
-            f"{torch.finfo(dtype).max:.3g}; set prepare.stored_dtype to bfloat16"
-        )
-    return rounded
 
 
 def _even(factors: Factors, chosen: StorageFormat) -> Factors:
@@ -128,16 +109,16 @@ def _int8_rows(format: Format, factors: Factors) -> tuple[int, int] | None:
 
 
 def _sides(
-    factors: Factors, right: str, dtype: torch.dtype, int8_rows: tuple[int, int] | None, gram: Tensor | None = None
+    factors: Factors, right: str, int8_rows: tuple[int, int] | None, gram: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Both factors, their first ``int8_rows`` in int8 with scales; ``right`` names the right one."""
     if int8_rows is None:
         sides = {right: factors.right.mT, "left": factors.left}
-        return {name: narrow(side, dtype).contiguous() for name, side in sides.items()}
+        return {name: narrow(side, getattr(torch, FACTOR)).contiguous() for name, side in sides.items()}
     found = round_factors(factors, int8_rows, gram)
     packed: dict[str, Tensor] = {}
     for name, rounded in {"left": found.left, right: found.right}.items():
         packed |= {name: rounded.values.contiguous(), f"{name}_scale": rounded.scale}
         if len(rounded.tail):
-            packed[f"{name}_tail"] = narrow(rounded.tail, dtype).contiguous()
+            packed[f"{name}_tail"] = narrow(rounded.tail, getattr(torch, FACTOR)).contiguous()
     return packed

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import ModelError
+from spectrim.errors import CheckpointError, ModelError
 from spectrim.maths.budget import Format
 from spectrim.maths.quantization import dequantize_int8
 from spectrim.maths.storage_formats import FORMATS, UNKNOWN
@@ -41,17 +41,34 @@ def expanded(factor: Tensor, scale: Tensor | None, dim: int, dtype: torch.dtype)
     return factor.to(dtype) if scale is None else dequantize_int8(factor, scale, dim, dtype)
 
 
+def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in a 16-bit dtype.
+
+    Raises:
+        CheckpointError: a value does not fit.
+    """
+    rounded = tensor.to(dtype)
+    if not rounded.isfinite().all():
+        raise CheckpointError(
+            f"a weight of {tensor.abs().max():.3g} does not fit {dtype}, whose largest number is "
+            f"{torch.finfo(dtype).max:.3g}; set prepare.stored_dtype to "
+            "bfloat16, or leave the linear out by compression.exclude"
+        )
+    return rounded
+
+
 class StoredLinear(nn.Module):
     """The module that takes the place of an ``nn.Linear`` whose weight is in one of ``formats``.
 
-    ``to(dtype)`` and ``half()`` change the 16-bit tensors and the bias only: integers and their scales keep their bits.
+    ``to(dtype)`` and ``half()`` change factors in 16 bit and the bias only: integers and their scales keep their bits.
     The tensors are uninitialised until they are loaded or assigned.
 
     Args:
         in_features, out_features: of the dense linear.
         rank: number of directions, at least 1; ignored where the format has no factors.
-        format: one of ``formats``; 16-bit tensors take on the model's dtype.
+        format: one of ``formats``.
         bias: whether there is a bias (out,).
+        dtype: of the model, which factors and the bias take on.
 
     Raises:
         ModelError: the rank is not in 1..min(in, out), or the format is none of this module's.
@@ -87,7 +104,8 @@ class StoredLinear(nn.Module):
             self.register_parameter(suffix, None)
         for suffix, stored in stored_tensors(format, out_features, in_features, rank).items():
             shape = [0 if size == UNKNOWN else size for size in stored.shape]
-            tensor = torch.empty(shape, dtype=stored.dtype or dtype, device=device)
+            fixed = stored.dtype is not None and (not stored.dtype.is_floating_point or suffix.endswith("_scale"))
+            tensor = torch.empty(shape, dtype=stored.dtype if fixed else dtype, device=device)
             self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
         empty_bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", empty_bias)

@@ -60,7 +60,7 @@ class FusedLinear(nn.Module):
     Args:
         matrices: name -> Matrix of every part, in the layer's order; None for one that the checkpoint does not list.
         in_features, sizes: inputs, the same for all parts, and outputs of each.
-        half, dtype: the 16-bit dtype of the checkpoint, and that of the model, which 16-bit tensors take on.
+        half, dtype: the 16-bit dtype of dense matrices in the checkpoint, and that of the model, which factors take on.
 
     Raises:
         ModelError: the layer has another number of parts, or a rank exceeds a matrix.

@@ -20,13 +20,13 @@ The tensors, as they lie in memory and, with the linear's name before them, in a
     weight        16-bit        (out, in)          dense               W
     weight        int8, uint8   (out, in/g, -)     a rounded weight    Q = weight · weight_scale; in uint8 packed, two's
     weight_scale  float16       (out, in/g)                            complement, the first input lowest
-    weight        16-bit, int8  (in, r)            factors             R: transposed, where elsewhere `weight` is not
-    left          16-bit, int8  (out, r)                               L
+    weight        float16, int8 (in, r)            factors             R: transposed, where elsewhere `weight` is not
+    left          float16, int8 (out, r)                               L
                                 (out - r, r)       pivoted factors     C
     X_scale       float32       (r,), (rows,)      factors in int8     R · weight_scale, L · left_scale by rows
-    X_tail        16-bit        (-, r)                                 the rows of X after those in int8
+    X_tail        float16       (-, r)                                 the rows of X after those in int8
     order         int32         (out,)             pivoted factors     W = [Rᵀ; C Rᵀ][order]
-    left, right   16-bit, int8  (out, r), (in, r)  a rounded weight    L and R, which has a name of its own beside Q
+    left, right   float16, int8 (out, r), (in, r)  a rounded weight    L and R, which has a name of its own beside Q
     X_scale       float32       (out,), (r,)       and factors
     weight        uint8         (n,)               a coded weight      Z, see formats/coding.py
     weight_scale  float16       (out,)                                 r
@@ -37,8 +37,8 @@ All but a coded weight lie in memory as in the file. That one is decoded when it
 ``weight`` has the shape of the dense weight in no other format, so that a load that knows nothing of formats ends with
 a size mismatch instead of random weights.
 
-16-bit is the one 16-bit dtype of a checkpoint, its ``stored_dtype``: float16 or bfloat16. The format named `float16` is
-no exception; the name stands in files.
+16-bit is the ``stored_dtype`` of a checkpoint: float16 or bfloat16. Factors are float16 in both, which rounds them
+eight times as fine: their numbers are near each other's size, and the range of bfloat16 would be for nothing.
 
 Numbers and words alone, no torch: whoever names or prices a format imports no kernel, and no kernel is in the keys of
 what it computes. formats/packing.py makes the tensors, formats/kinds.py names the modules that multiply with them.
@@ -57,6 +57,9 @@ Shape = tuple[int, int]
 
 WIDTHS = {None: 2, "int8": 1, "uint8": 1, "int32": 4, "float16": 2, "float32": 4}
 """Bytes of a number; None is the 16-bit dtype of the checkpoint."""
+
+FACTOR = "float16"
+"""Of factors in 16 bit."""
 
 UNKNOWN = -1
 """In the place of a size that the content decides."""
@@ -161,6 +164,12 @@ class StorageFormat:
         order: Layouts = {"order": TensorLayout((out,), "int32")} if self.pivoted else {}
         return self._sides(rows, out, in_, rank) | order
 
+    def dtypes(self) -> dict[str, str | None]:
+        """Suffix -> dtype of every tensor that a matrix of some shape has."""
+        return {
+            suffix: layout.dtype for shape in ((1, 2), (2, 1)) for suffix, layout in self.tensors(*shape, 1).items()
+        }
+
     def n_bytes(self, out: int, in_: int, rank: float) -> int:
         """Bytes of all tensors. Those of a fractional rank, as training has it, lie between its neighbours'."""
         return _n_bytes(self, out, in_, rank)
@@ -195,13 +204,13 @@ class StorageFormat:
         found: Layouts = {}
         for side, count in rows.items():
             if not self.in_int8:
-                found[side] = TensorLayout((count, rank), None)
+                found[side] = TensorLayout((count, rank), FACTOR)
                 continue
             head = self.int8_rows(count, min(out, in_))
             found[side] = TensorLayout((head, rank), "int8")
             found[f"{side}_scale"] = TensorLayout((head if side == "left" else rank,), "float32")
             if count > head:
-                found[f"{side}_tail"] = TensorLayout((count - head, rank), None)
+                found[f"{side}_tail"] = TensorLayout((count - head, rank), FACTOR)
         return found
 
 

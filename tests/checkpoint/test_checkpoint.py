@@ -40,7 +40,7 @@ def _resident_bytes(module: torch.nn.Module) -> int:
 @pytest.mark.parametrize(("family", "format"), CASES)
 def test_the_file_has_the_predicted_bytes(family: str, format: Format, folders: Folders) -> None:
     dense, folder = folders[family, "prepared"], folders[family, format]
-    matrices, packed = chosen(dense, format, torch.float16)
+    matrices, packed = chosen(dense, format)
     shapes = {name: headers([dense / "model.safetensors"])[f"{name}.weight"].shape for name in matrices}
 
     def bytes_of(name: str) -> int:

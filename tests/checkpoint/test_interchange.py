@@ -62,7 +62,7 @@ def test_a_whole_model_compiles(format: Format, folders: Folders) -> None:
 def test_a_module_compiles_in_one_graph(format: Format) -> None:
     torch.compiler.reset()  # the formats share their code, and torch compiles one code for few kinds of weight
     weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
-    module = stored_linear(packed_weight(weight, format, torch.float32).tensors, format, (24, 128), torch.ones(24))
+    module = stored_linear(packed_weight(weight, format).tensors, format, (24, 128), torch.ones(24))
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     x = torch.randn(3, 5, 128)
     torch.testing.assert_close(compiled(x), module(x))

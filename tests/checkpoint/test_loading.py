@@ -30,7 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 def by_hand(dense: Path, format: Format) -> PreTrainedModel:
     """The dense model with its linears replaced one by one, without any checkpoint."""
-    matrices, packed = chosen(dense, format, torch.float16)
+    matrices, packed = chosen(dense, format)
     model = AutoModelForCausalLM.from_pretrained(dense)
     for name, linear in compressible_linears(model).items():
         if matrices[name].format == "dense":

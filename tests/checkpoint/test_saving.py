@@ -72,20 +72,54 @@ def test_what_does_not_fit_16_bits_is_saved_in_full_outside_the_matrices(folders
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_other_stored_dtypes_of_the_dense_model(dtype: torch.dtype, tmp_path: Path) -> None:
     dense = prepare("llama", tmp_path / "dense", dtype)
-    half = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
-    build(dense, tmp_path / "made", "remap", half)
+    build(dense, tmp_path / "made", "remap")
     prepared, written = load_file(dense / "model.safetensors"), load_file(tmp_path / "made" / "model.safetensors")
     matrices = json.loads((tmp_path / "made" / "spectrim.json").read_text())["matrices"]
     for name, tensor in written.items():
         module = name.rpartition(".")[0]
         if module not in matrices:
             assert torch.equal(tensor, prepared[name]) and tensor.dtype == dtype, name
+        elif matrices[module]["format"] == "dense":
+            assert tensor.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float16), name
         elif not name.endswith("_scale"):
-            assert tensor.dtype in (half, torch.int8), name
+            assert tensor.dtype in (torch.float16, torch.int8), name
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def test_factors_of_a_bfloat16_model_are_float16_which_loses_a_fifth_of_what_bfloat16_would(
+    tmp_path: Path,
+) -> None:
+    dense = prepare("llama", tmp_path / "dense", torch.bfloat16)
+    build(dense, tmp_path / "made", "pifa")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    up = model.model.layers[0].mlp.up_proj
+    best = truncated(AutoModelForCausalLM.from_pretrained(dense).model.layers[0].mlp.up_proj.weight.detach(), RANK)
+    wanted = best.left @ best.right
+    coarse = type(up).from_tensors(
+        {name: tensor.to(torch.bfloat16).to(tensor.dtype) for name, tensor in up.state_dict().items()},
+        "pifa", *wanted.shape, None,
+    )  # fmt: skip
+    stored, rounded = ((module.dense_weight() - wanted).norm() for module in (up, coarse))
+    assert 5 * stored < rounded
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again["model.layers.0.mlp.up_proj.left"].dtype == torch.float16
+    assert again["model.norm.weight"].dtype == torch.bfloat16
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="bfloat16").state_dict()
+    smallest = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=smallest)
+
+
+def test_a_factor_that_has_outgrown_float16_is_not_saved(folders: Folders, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders["llama", "float16"])
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.left.mul_(1e8)
+    with pytest.raises(CheckpointError, match="does not fit torch"):
+        model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -110,7 +144,7 @@ def test_packing_loses_at_most_the_rounding_of_the_format(format: Format, shape:
     torch.manual_seed(3)
     factors = truncated(torch.randn(shape), RANK)
     weight = torch.randn(shape) if format in (*ROUNDED, *CODED) else factors.left @ factors.right
-    kept = stored_linear(packed_weight(weight, format, torch.float16).tensors, format, shape).dense_weight()
+    kept = stored_linear(packed_weight(weight, format).tensors, format, shape).dense_weight()
     error = torch.linalg.matrix_norm(kept - weight) / torch.linalg.matrix_norm(weight)
     declared = DECLARED[format]
     rounding = {
@@ -181,7 +215,7 @@ def test_packing_refuses_what_it_cannot_hold() -> None:
 
 def test_assembling_refuses_wrong_material(folders: Folders, tmp_path: Path) -> None:
     dense = folders["llama", "prepared"]
-    matrices, packed = chosen(dense, "float16", torch.float16)
+    matrices, packed = chosen(dense, "float16")
 
     def attempt(**changed: Any) -> None:
         arguments = {"packed": packed, "matrices": matrices, "max_shard_size": "2GB", **changed}

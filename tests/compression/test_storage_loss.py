@@ -24,8 +24,8 @@ def decomposed(out: int, in_: int) -> tuple[Tensor, Tensor, Tensor, Factors, Ten
 @pytest.mark.parametrize(("out", "in_"), [(24, 40), (40, 24)])
 def test_it_is_the_norm_in_the_metric_and_adds_to_what_the_rank_drops(format: Format, out: int, in_: int) -> None:
     weight, gram, gradient_gram, factors, energy = decomposed(out, in_)
-    loss = storage_loss(factors, format, torch.float16, gram, gradient_gram)
-    packed = pack(factors, format, torch.float16, gram).tensors
+    loss = storage_loss(factors, format, gram, gradient_gram)
+    packed = pack(factors, format, gram).tensors
     stored = stored_linear(packed, format, (out, in_)).dense_weight().double()
 
     def norm(error: Tensor) -> float:
@@ -39,6 +39,6 @@ def test_it_is_the_norm_in_the_metric_and_adds_to_what_the_rank_drops(format: Fo
 
 def test_sixteen_bits_lose_next_to_nothing_and_eight_bits_do_not() -> None:
     _, gram, gradient_gram, factors, _ = decomposed(24, 40)
-    sixteen = storage_loss(factors, "pifa", torch.float16, gram, gradient_gram)
-    eight = storage_loss(factors, "pifa_int8", torch.float16, gram, gradient_gram)
+    sixteen = storage_loss(factors, "pifa", gram, gradient_gram)
+    eight = storage_loss(factors, "pifa_int8", gram, gradient_gram)
     assert 0 < 100 * sixteen < eight

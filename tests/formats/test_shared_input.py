@@ -28,7 +28,7 @@ class Attention(nn.Module):
         generator = torch.Generator().manual_seed(0)
         for name, rows in {"q_proj": 48, "k_proj": 24, "v_proj": 24, "o_proj": 32}.items():
             weight = torch.randn(rows, 32, generator=generator)
-            setattr(self, name, stored_linear(packed_weight(weight, format, torch.float32).tensors, format, (rows, 32)))
+            setattr(self, name, stored_linear(packed_weight(weight, format).tensors, format, (rows, 32)))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [self.q_proj(x), self.k_proj(x), self.v_proj(x), self.o_proj(x + 1)]

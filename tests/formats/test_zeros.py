@@ -33,7 +33,7 @@ def kept(weight: Tensor, format: Format, gram: Tensor, gradient_gram: Tensor) ->
         packed = pack_rounded(found.weight, format, truncate(found.residual, RANK) if format in RESIDUAL else None)
     else:
         left, right = truncate(two_sided(weight, gram, gradient_gram), RANK)
-        packed = pack(Factors(left.float(), right.float()), format, torch.float16, gram)
+        packed = pack(Factors(left.float(), right.float()), format, gram)
         assert all(math.isfinite(value) for value in packed.facts.values())
     assert all(bool(tensor.isfinite().all()) for tensor in packed.tensors.values() if tensor.is_floating_point())
     module = stored_linear(packed.tensors, format, shape)
@@ -74,4 +74,4 @@ def test_rounding_zeros_loses_nothing(format: Format, shape: tuple[int, int]) ->
     gram, gradient_gram = moments(*shape, silent=False)
     left, right = torch.randn(shape[0], RANK), torch.randn(RANK, shape[1])
     for factors in (Factors(0 * left, right), Factors(left, 0 * right)):
-        assert storage_loss(factors, format, torch.float16, gram, gradient_gram) == 0
+        assert storage_loss(factors, format, gram, gradient_gram) == 0

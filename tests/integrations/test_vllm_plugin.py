@@ -61,7 +61,7 @@ def mixed() -> tuple[FusedLinear, dict[str, dict[str, Tensor]], Tensor, Tensor]:
     tensors, outputs = {"other": {"weight": weight}}, [x @ weight.T]
     matrices: dict[str, Matrix | None] = {"other": None}
     for size, (name, format) in zip((96, 48, 128), MIXED.items(), strict=True):
-        tensors[name] = dict(packed_weight(torch.randn(size, 64, generator=draw), format, torch.float16).tensors)
+        tensors[name] = dict(packed_weight(torch.randn(size, 64, generator=draw), format).tensors)
         matrices[name] = Matrix(format, RANK)
         outputs.append(stored_linear(tensors[name], format, (size, 64)).float()(x))
     layer = FusedLinear(matrices, 64, [16, 96, 48, 128], torch.float16, torch.float32)
