@@ -23,7 +23,8 @@ from pipeline.steps.subjects import N_BITS, dense_subject, quantized_subject, ro
 from pipeline.steps.tasks import check_tasks
 from spectrim.maths.storage_formats import Grid
 
-GPTQ = "gptq_int4"
+GPTQ = {"gptq_int4": False, "gptq_int4_asym": True}
+"""Whether there are zero points."""
 
 
 def main() -> None:
@@ -40,8 +41,8 @@ def main() -> None:
         group_size = params.baseline.group_size if name == "int4" else None
         quantized = partial(quantized_subject, prepared, name, group_size, exclude, device)
         made_of: list[Any] = [identity, name, group_size, exclude]
-        if name == GPTQ:
-            files = blocks_on(params, Grid(N_BITS["int4"], params.baseline.group_size), device)
+        if name in GPTQ:
+            files = blocks_on(params, Grid(N_BITS["int4"], params.baseline.group_size, GPTQ[name]), device)
             quantized = partial(rounded_subject, prepared, files, N_BITS["int4"], exclude, device)
             made_of += [sha256_file(file) for file in files]
         wanted.perplexities(quantized, made_of, texts, name)

@@ -15,8 +15,10 @@ from spectrim.formats.kinds import kind_of
 from spectrim.formats.packing import Packed, pack, pack_coded, pack_rounded
 from spectrim.formats.stored_linear import StoredLinear
 from spectrim.maths.budget import CODED, FACTORED, RESIDUAL, ROUNDED, Format, resolve_format
+from spectrim.maths.compensation import compensated
 from spectrim.maths.lowrank import Factors
-from spectrim.maths.quantization import dequantize, round_to_nearest
+from spectrim.maths.quantization import Quantized, dequantize, round_to_nearest
+from spectrim.maths.storage_formats import Grid
 from spectrim.maths.two_sided_rounding import side, two_sided_rounded
 from spectrim.models.modules import compressible_linears
 from tests import tiny
@@ -43,6 +45,13 @@ def truncated(weight: Tensor, rank: int) -> Factors:
     return Factors((left[:, :rank] * sigma[:rank]).float(), right[:rank].float())
 
 
+def nearest(weight: Tensor, grid: Grid) -> Quantized:
+    """``weight`` rounded to the nearest of a ``grid``."""
+    if grid.asymmetric:  # a diagonal Gram
+        return compensated(weight, torch.eye(weight.shape[1]), grid)
+    return round_to_nearest(weight, grid.n_bits, grid.group_size(weight.shape[1]))
+
+
 def packed_weight(weight: Tensor, format: Format) -> Packed:
     """A weight as ``format`` stores it, factors at RANK."""
     if format in CODED:  # the largest numbers do not fit a byte
@@ -51,7 +60,7 @@ def packed_weight(weight: Tensor, format: Format) -> Packed:
     if format not in ROUNDED:
         return pack(truncated(weight, RANK), format)
     grid = ROUNDED[format]
-    rounded = round_to_nearest(weight, grid.n_bits, grid.group_size(weight.shape[1]))
+    rounded = nearest(weight, grid)
     residual = truncated(weight - dequantize(rounded), RANK) if format in RESIDUAL else None
     return pack_rounded(rounded, format, residual)
 

@@ -145,16 +145,22 @@ def matrix_bytes(format: str, out: int, in_: int, rank: int) -> int:
     return sum(count * size for count, size in tensors)
 
 
-def compensated(weight: Tensor, gram: Tensor, n_bits: int, scale: Tensor, damping: float) -> Tensor:
+def compensated(
+    weight: Tensor, gram: Tensor, n_bits: int, scale: Tensor, damping: float, zero_point: Tensor | None = None
+) -> Tensor:
     """GPTQ one input at a time, the costliest first, the inverse Gram of those that are left recomputed for each."""
+    zeros = torch.zeros_like(weight, dtype=torch.float64)
+    if zero_point is not None:
+        zeros += zero_point.double().repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
     weight, result = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
     steps = scale.double().repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
     damped = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     left = sorted(range(len(gram)), key=lambda at: -float(gram[at, at]))
     while left:
         inverse = torch.linalg.inv(damped[left][:, left])
-        at, step = left[0], steps[:, left[0]]
-        result[:, at] = (weight[:, at] / step).round().clamp(-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1) * step
+        at, step, zero = left[0], steps[:, left[0]], zeros[:, left[0]]
+        integers = (weight[:, at] / step + zero).round().clamp(-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1)
+        result[:, at] = (integers - zero) * step
         weight[:, left] -= ((weight[:, at] - result[:, at]) / inverse[0, 0])[:, None] * inverse[0]
         left = left[1:]
     return result
@@ -166,6 +172,19 @@ def best_scale(weights: Sequence[float], costs: Sequence[float], n_bits: int, tr
     errors = []
     for scale in tried:
         kept = [min(max(round(weight / scale), low), high) * scale for weight in weights]
+        errors.append(sum(cost * (weight - near) ** 2 for weight, near, cost in zip(weights, kept, costs, strict=True)))
+    return min(errors)
+
+
+def best_cut(weights: Sequence[float], costs: Sequence[float], n_bits: int, ratios: Iterable[float]) -> float:
+    """The least weighted rounding error in one group whose range, from zero at least, is cut alike at both ends."""
+    levels, part = 2**n_bits - 1, 2 ** (8 - n_bits)
+    errors = []
+    for ratio in ratios:
+        low, high = ratio * min(*weights, 0.0), ratio * max(*weights, 0.0)
+        scale = float(torch.tensor((high - low) / levels).half())
+        zero = round(-low / scale * part) / part  # the lowest integer is 0 here
+        kept = [(min(max(round(weight / scale + zero), 0), levels) - zero) * scale for weight in weights]
         errors.append(sum(cost * (weight - near) ** 2 for weight, near, cost in zip(weights, kept, costs, strict=True)))
     return min(errors)
 

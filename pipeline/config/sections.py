@@ -285,7 +285,8 @@ class Baseline:
     """Baselines: int8 and int4 to nearest, int4 by GPTQ, a library's; ``group_size`` inputs share a scale in int4."""
 
     quantization: Annotated[
-        list[Literal["int8", "int4", "gptq_int4", "bitsandbytes_nf4", "bitsandbytes_int8"]], AfterValidator(_installed)
+        list[Literal["int8", "int4", "gptq_int4", "gptq_int4_asym", "bitsandbytes_nf4", "bitsandbytes_int8"]],
+        AfterValidator(_installed),
     ]
     group_size: AtLeast1
 

@@ -150,8 +150,8 @@ def points(metrics: Metrics) -> list[SizePoint]:
 
 def _baseline(name: str) -> str:
     """RTN int8, or the library before its own kind: bitsandbytes nf4."""
-    library, _, kind = name.rpartition("_")
-    return f"{library.upper() if library == 'gptq' else library or 'RTN'} {kind}"
+    library, _, kind = name.partition("_") if "_" in name else ("RTN", "", name)
+    return f"{library.upper() if library == 'gptq' else library} {kind.replace('_', ' ')}"
 
 
 def perplexity_table(metrics: Metrics) -> Table:

@@ -1,8 +1,8 @@
 """The files between `update_weights` and `remap`: one per block, LINEAR.left and LINEAR.right in float32.
 
 Those of rounded weights, in a folder of their own, hold LINEAR.values int8 and LINEAR.scale float16 besides, and
-factors only where the format has some. Of coded weights they hold what ``coding.split`` makes of the integers, values,
-places and beyond, and LINEAR.rows and LINEAR.columns in float16.
+LINEAR.zero_point float32 and factors only where the format has some. Of coded weights they hold what ``coding.split``
+makes of the integers, values, places and beyond, and LINEAR.rows and LINEAR.columns in float16.
 """
 
 import json
@@ -54,7 +54,8 @@ def write_rounded(file: Path, rounded: Mapping[str, RoundedWeight], facts: Mappi
         if isinstance(weight, Stepped):
             parts = {**split(weight.values)._asdict(), "rows": weight.rows, "columns": weight.columns}
         else:
-            parts = {"values": weight.values, "scale": weight.scale, **sides}
+            zero = {} if weight.zero_point is None else {"zero_point": weight.zero_point}
+            parts = {"values": weight.values, "scale": weight.scale, **zero, **sides}
         tensors |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
     _save(tensors, file, facts)
 
@@ -68,9 +69,9 @@ def read_rounded(file: Path) -> dict[str, RoundedWeight]:
             numbers = whole(Integers(values, tensors[f"{name}.places"], tensors[f"{name}.beyond"]))
             found[name] = (Stepped(numbers, tensors[f"{name}.rows"], tensors[f"{name}.columns"]), None)
             continue
-        scale = tensors[f"{name}.scale"]
+        scale, zero_point = tensors[f"{name}.scale"], tensors.get(f"{name}.zero_point")
         factors = Factors(tensors[f"{name}.left"], tensors[f"{name}.right"]) if f"{name}.left" in tensors else None
-        found[name] = (Quantized(values, scale, None, values.shape[1] // scale.shape[1]), factors)
+        found[name] = (Quantized(values, scale, zero_point, values.shape[1] // scale.shape[1]), factors)
     return found
 
 

@@ -1,8 +1,8 @@
 """Rounded weights of every block, computed once for all ratios: `train_ranks` weighs them, `update_weights` takes them.
 
-They lie in the layer store alone, one file per block and grid: LINEAR.values, LINEAR.scale and LINEAR.sigma, whose
-squares sum to what rounding lost. Where an alternative corrects it by factors, LINEAR.sigma is its spectrum, and
-LINEAR.left and LINEAR.right are its first directions.
+They lie in the layer store alone, one file per block and grid: LINEAR.values, LINEAR.scale, of an asymmetric grid
+LINEAR.zero_point, and LINEAR.sigma, whose squares sum to what rounding lost. Where an alternative corrects it by
+factors, LINEAR.sigma is its spectrum, and LINEAR.left and LINEAR.right are its first directions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,7 +58,7 @@ def blocks_on(params: Params, grid: Grid, device: torch.device) -> list[Path]:
         identity = (weights, [sha256_file(file) for file in moments], settings.damping, settings.max_damping)
         compute = partial(_write, model, index, grid, corrected, tokens, settings.damping, settings.max_damping)
         tasks.append(keyed("rounding", block, compute, list(grid), corrected, list(tokens), str(device), *identity))
-    name = f"int{grid.n_bits}" + (f" in groups of {grid.group}" if grid.group else "")
+    name = f"int{grid.n_bits}" + (f" in groups of {grid.group}" if grid.group else "") + " asymmetric" * grid.asymmetric
     entries = run_layers(f"rounding to {name}", tasks, params.runtime, LayerStore())
     return [entries[block] / f"{index:03}.safetensors" for index, block in enumerate(model.names)]
 
@@ -102,7 +102,8 @@ def _rounded(
             f"{name}.left": factors.left.float(),
             f"{name}.right": factors.right.float(),
         }
-    return {f"{name}.values": quantized.values, f"{name}.scale": quantized.scale, **correction}
+    zero = {} if quantized.zero_point is None else {f"{name}.zero_point": quantized.zero_point}
+    return {f"{name}.values": quantized.values, f"{name}.scale": quantized.scale, **zero, **correction}
 
 
 def spectra(files: Iterable[Path]) -> dict[str, Tensor]:
@@ -142,9 +143,11 @@ def _write_chosen(files: Mapping[Grid, Sequence[Path]], matrices: Mapping[str, M
 
 def _cut(files: Mapping[Grid, Path], name: str, format: Format, rank: int) -> tuple[Quantized, Factors | None]:
     """A rounded weight, with the factors of its rank where its format has some."""
-    with safe_open(files[ROUNDED[format]], framework="pt") as opened:
+    grid = ROUNDED[format]
+    with safe_open(files[grid], framework="pt") as opened:
         values, scale = (opened.get_tensor(f"{name}.{part}") for part in ("values", "scale"))
-        weight = Quantized(values, scale, None, ROUNDED[format].group_size(values.shape[1]))
+        zero_point = opened.get_tensor(f"{name}.zero_point") if grid.asymmetric else None
+        weight = Quantized(values, scale, zero_point, grid.group_size(values.shape[1]))
         if format not in RESIDUAL:
             return weight, None
         return weight, Factors(opened.get_tensor(f"{name}.left")[:, :rank], opened.get_tensor(f"{name}.right")[:rank])

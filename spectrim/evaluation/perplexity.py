@@ -144,7 +144,7 @@ def store_quantized_(
 
     Args:
         model: changed in place.
-        rounded: linear name -> its symmetric integers and scales.
+        rounded: linear name -> its integers and scales, and zero points of a byte each where it has some.
         n_bits: of an integer.
         exclude: shell patterns of linears that do not count, as in ``compressible_linears``.
     """
@@ -154,7 +154,8 @@ def store_quantized_(
         dense += n_bytes
         if weight is not None:
             linear.weight.copy_(dequantize(weight))
-            n_bytes = weight.values.numel() * n_bits // 8 + weight.scale.nbytes
+            zeros = 0 if weight.zero_point is None else weight.zero_point.numel()
+            n_bytes = weight.values.numel() * n_bits // 8 + weight.scale.nbytes + zeros
         stored += n_bytes
     return {"bytes": stored, "dense_bytes": dense, "ratio": stored / dense}
 

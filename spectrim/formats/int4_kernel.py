@@ -1,6 +1,6 @@
 """x Qᵀ with Q in four bits, by torch's own CPU kernel: the order of the bytes that it reads, and the way back.
 
-    Q = q · scale per row and group of g inputs,  q in [-8, 7]
+    Q = (q − zero) · scale per row and group of g inputs,  q in [-8, 7]
 
 In a file two neighbouring inputs share a byte. The kernel interleaves rows instead, differently on every kind of
 processor, and counts from 0 to 15. Both orders take the same bytes, and the shape says which one it is, wherever a
@@ -12,7 +12,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from spectrim.errors import ModelError
 from spectrim.formats.products import CAPABILITY, STEP
@@ -67,18 +66,20 @@ def file_order(weight: Tensor, groups: int) -> Tensor:
     return restored.to(weight.device)
 
 
-def int4_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def int4_product(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     """y (..., out) = x Qᵀ in bfloat16.
 
     Args:
         x: (..., in) bfloat16.
         weight: (out, in / 2) uint8 in ``kernel_order``.
-        scale: (out, groups); the kernel reads it in bfloat16, each with a number to be added, here 0.
+        scale: (out, groups); the kernel reads it in bfloat16, each with a number to be added.
+        zero: (out, groups), or None for zeros.
     """
-    scale_and_zero = functional.pad(scale.to(x.dtype).mT.unsqueeze(-1), (0, 1))  # (groups, out, 2)
+    added = torch.zeros_like(scale) if zero is None else -zero * scale.float()
+    scale_and_added = torch.stack([scale.to(x.dtype).mT, added.to(x.dtype).mT], -1)  # (groups, out, 2)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     group = x.shape[-1] // scale.shape[1]
-    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, group, scale_and_zero)
+    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, group, scale_and_added)
     return y.view(*x.shape[:-1], len(weight))
 
 

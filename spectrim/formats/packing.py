@@ -63,7 +63,7 @@ def pack_rounded(rounded: Quantized, format: Format, residual: Factors | None = 
     """A rounded weight in ``format``, with factors of what rounding lost if it has them.
 
     Args:
-        rounded: symmetric, of the format's bits, in groups of the format's grid.
+        rounded: of the format's bits, in groups of the format's grid, with zero points if that has some.
         residual: left (out, rank), right (rank, in).
 
     Raises:
@@ -72,16 +72,20 @@ def pack_rounded(rounded: Quantized, format: Format, residual: Factors | None = 
     chosen = FORMATS[format]
     assert chosen.grid is not None
     size = chosen.grid.group_size(rounded.values.shape[1])
-    if rounded.group_size != size or (residual is None) == chosen.has_factors:
+    as_declared = (size, chosen.grid.asymmetric, chosen.has_factors)
+    if (rounded.group_size, rounded.zero_point is not None, residual is not None) != as_declared:
         raise CheckpointError(
-            f"{format} of {rounded.values.shape[1]} inputs: groups of {rounded.group_size} and "
-            f"{'no ' if residual is None else ''}factors; required: groups of {size}, factors in *_residual alone"
+            f"{format} of {rounded.values.shape[1]} inputs: groups of {rounded.group_size}, "
+            f"{'no ' if rounded.zero_point is None else ''}zero points and {'no ' if residual is None else ''}factors; "
+            f"required: groups of {size}, zero points in *_asym alone, factors in *_residual alone"
         )
     values = rounded.values.unflatten(1, (-1, size))
     packed = {
         "weight": values if chosen.grid.n_bits == 8 else quantization.pack(values, chosen.grid.n_bits),
         "weight_scale": rounded.scale,
     }
+    if rounded.zero_point is not None:
+        packed["weight_zero"] = (rounded.zero_point * chosen.grid.zero_steps).round().to(torch.int8)
     if residual is None:
         return Packed(packed)
     return Packed(packed | _sides(_even(residual, chosen), "right", _int8_rows(format, residual)))

@@ -17,17 +17,18 @@ from spectrim.maths.storage_formats import Grid
 
 
 class QuantizedLinear(StoredLinear):
-    """y = x Qᵀ + (x right) leftᵀ + bias: Q = weight · weight_scale, see maths/storage_formats.py.
+    """y = x Qᵀ + (x right) leftᵀ + bias: Q = (weight − zero point) · weight_scale, see maths/storage_formats.py.
 
     Integers stay packed in memory. Those of four bits lie as the kernel of int4_kernel.py reads them where it suits the
     model's dtype, and as in the file in every state_dict and pickle; elsewhere each call expands them.
     """
 
     formats = tuple(ROUNDED)
-    optional = ("left", "left_scale", "right", "right_scale")
+    optional = ("weight_zero", "left", "left_scale", "right", "right_scale")
     transposed = ("right",)
     weight: nn.Parameter
     weight_scale: nn.Parameter
+    weight_zero: nn.Parameter | None
     left: nn.Parameter
     left_scale: nn.Parameter | None
     right: nn.Parameter | None
@@ -47,7 +48,7 @@ class QuantizedLinear(StoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
         if self.reordered and suits_kernels(x):
-            y = int4_product(x, self.weight, self.weight_scale)
+            y = int4_product(x, self.weight, self.weight_scale, self._zero_point(torch.float32))
             y = y if self.bias is None else y + self.bias
         else:
             y = product(x, *self._rows(x.dtype), self.bias)
@@ -79,7 +80,13 @@ class QuantizedLinear(StoredLinear):
         values = self._in_file_order()
         if values.dtype == torch.uint8:
             values = unpack(values, self.grid.n_bits)
-        return (values.to(dtype) * self.weight_scale.to(dtype).unsqueeze(-1)).flatten(1)
+        zero_point = self._zero_point(dtype)
+        steps = values.to(dtype) if zero_point is None else values.to(dtype) - zero_point.unsqueeze(-1)
+        return (steps * self.weight_scale.to(dtype).unsqueeze(-1)).flatten(1)
+
+    def _zero_point(self, dtype: torch.dtype) -> Tensor | None:
+        """(out, groups) in steps, exact in every 16-bit dtype."""
+        return None if self.weight_zero is None else self.weight_zero.to(dtype) / self.grid.zero_steps
 
     def _in_file_order(self) -> Tensor:
         return file_order(self.weight.data, self.weight_scale.shape[1]) if self.reordered else self.weight

@@ -19,7 +19,7 @@ INT8_MAX = 127
 
 
 class Quantized(NamedTuple):
-    """W ≈ (values − zero_point) · scale, with one scale per row and group of ``group_size`` inputs."""
+    """W ≈ (values − zero_point) · scale, with one of each per row and group of ``group_size`` inputs."""
 
     values: Tensor
     scale: Tensor

@@ -36,6 +36,13 @@ def searched_scale(weight: Tensor, importance: Tensor, grid: Grid) -> Tensor:
     Raises:
         NumericalError: W or g is not finite, the group does not divide ``in``, or a scale overflows float16.
     """
+    cost, size = grouped_costs(weight, importance, grid)
+    rows = max(1, AT_ONCE // weight.shape[1])
+    return torch.cat([_search(part.float().unflatten(1, (-1, size)), cost, grid) for part in weight.split(rows)])
+
+
+def grouped_costs(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, int]:
+    """g as (groups, size) in float32, and the size of a group; the errors of both searches."""
     require_finite("weight", weight)
     require_finite("importance", importance)
     size, inputs = grid.group_size(weight.shape[1]), weight.shape[1]
@@ -44,9 +51,7 @@ def searched_scale(weight: Tensor, importance: Tensor, grid: Grid) -> Tensor:
             f"weight {tuple(weight.shape)}, importance {tuple(importance.shape)}, groups of {size}: an importance "
             f"({inputs},) and groups that divide {inputs} are required"
         )
-    cost = importance.float().view(-1, size)
-    rows = max(1, AT_ONCE // inputs)
-    return torch.cat([_search(part.float().unflatten(1, (-1, size)), cost, grid) for part in weight.split(rows)])
+    return importance.float().view(-1, size), size
 
 
 def _search(grouped: Tensor, cost: Tensor, grid: Grid) -> Tensor:

@@ -20,6 +20,7 @@ The tensors, as they lie in memory and, with the linear's name before them, in a
     weight        16-bit        (out, in)          dense               W
     weight        int8, uint8   (out, in/g, -)     a rounded weight    Q = weight · weight_scale; in uint8 packed, two's
     weight_scale  float16       (out, in/g)                            complement, the first input lowest
+    weight_zero   int8          (out, in/g)        if asymmetric       zero point, in 2^(n_bits - 8) steps
     weight        float16, int8 (in, r)            factors             R: transposed, where elsewhere `weight` is not
     left          float16, int8 (out, r)                               L
                                 (out - r, r)       pivoted factors     C
@@ -69,13 +70,14 @@ GROUP = 64
 
 
 class Grid(NamedTuple):
-    """Integers of ``n_bits`` bits, times a scale per row and ``group`` inputs.
+    """Integers of ``n_bits`` bits, times a scale per row and ``group`` inputs; ``asymmetric``: less a zero point first.
 
     A group that does not divide the number of inputs, and None, is the whole row.
     """
 
     n_bits: int
     group: int | None = None
+    asymmetric: bool = False
 
     def group_size(self, in_: int) -> int:
         """Inputs per scale of a row of ``in_``."""
@@ -85,6 +87,11 @@ class Grid(NamedTuple):
     def ends(self) -> tuple[int, int]:
         """The lowest and the highest integer, one step further down than up."""
         return -(2 ** (self.n_bits - 1)), 2 ** (self.n_bits - 1) - 1
+
+    @property
+    def zero_steps(self) -> int:
+        """Of what a zero point is a multiple: this part of a step, so that one byte reaches both ends."""
+        return 2 ** (8 - self.n_bits)
 
 
 class TensorLayout(NamedTuple):
@@ -226,17 +233,23 @@ FORMATS: dict[str, StorageFormat] = {
     "coded": StorageFormat("the weight, rounded, entropy coded", "minimised in both Grams' metric", coded=True),
     "dense_int8": StorageFormat("the weight, rounded", "minimised in the Gram's metric", grid=Grid(8)),
     **{
-        f"dense_int{n_bits}{suffix}": StorageFormat(
-            f"the weight, rounded in groups of {group}", "minimised in the Gram's metric", grid=Grid(n_bits, group)
+        f"dense_int{n_bits}{suffix}{'_asym' * asymmetric}": StorageFormat(
+            f"the weight, rounded in groups of {group}{' with zero points' * asymmetric}",
+            "minimised in the Gram's metric",
+            grid=Grid(n_bits, group, asymmetric),
         )
+        for asymmetric in (False, True)
         for n_bits in (4, 3)
         for suffix, group in {"": GROUP, "_g32": 32, "_g128": 128}.items()
     },
     **{
-        f"int{n_bits}_residual": StorageFormat(
-            f"dense_int{n_bits}, int8 factors of the rest", "what the rank leaves of it", grid=grid, int8_rows=all_rows
+        f"int{grid.n_bits}_residual{'_asym' * grid.asymmetric}": StorageFormat(
+            f"dense_int{grid.n_bits}{'_asym' * grid.asymmetric}, int8 factors of the rest",
+            "what the rank leaves of it",
+            grid=grid,
+            int8_rows=all_rows,
         )
-        for n_bits, grid in {8: Grid(8), 4: Grid(4, GROUP), 3: Grid(3, GROUP)}.items()
+        for grid in (Grid(8), Grid(4, GROUP), Grid(3, GROUP), Grid(4, GROUP, True), Grid(3, GROUP, True))
     },
 }
 """Name, as it stands in params.yaml and in a checkpoint's files -> format."""
@@ -256,7 +269,9 @@ def _n_bytes(format: StorageFormat, out: int, in_: int, rank: float) -> int:
 def _rounded(grid: Grid, out: int, in_: int) -> Layouts:
     size = grid.group_size(in_)
     weight = (out, in_ // size, size * grid.n_bits // 8)
+    zero = {"weight_zero": TensorLayout((out, in_ // size), "int8")} if grid.asymmetric else {}
     return {
         "weight": TensorLayout(weight, "int8" if grid.n_bits == 8 else "uint8"),
         "weight_scale": TensorLayout((out, in_ // size), "float16"),
+        **zero,
     }

@@ -17,7 +17,7 @@ from spectrim.errors import CheckpointError, NumericalError
 from spectrim.formats.packing import pack, pack_rounded
 from spectrim.maths.budget import CODED, RESIDUAL, ROUNDED, Format
 from spectrim.maths.lowrank import Factors
-from spectrim.maths.quantization import round_to_nearest
+from spectrim.maths.quantization import dequantize, round_to_nearest
 from spectrim.maths.storage_formats import FORMATS as DECLARED
 from spectrim.maths.storage_formats import named
 from tests.checkpoints import (
@@ -30,6 +30,7 @@ from tests.checkpoints import (
     build_all,
     chosen,
     logits,
+    nearest,
     packed_weight,
     prepare,
     stored_linear,
@@ -167,16 +168,16 @@ def test_packing_loses_at_most_the_rounding_of_the_format(format: Format, shape:
 
 @pytest.mark.parametrize("format", ROUNDED)
 def test_a_rounded_weight_comes_back_number_by_number(format: Format) -> None:
-    weight, grid = torch.randn(6, 128), ROUNDED[format]
+    weight = torch.randn(6, 128)
     residual = Factors(torch.zeros(6, 2), torch.zeros(2, 128)) if format in RESIDUAL else None
-    rounded = round_to_nearest(weight, grid.n_bits, grid.group)
+    rounded = nearest(weight, ROUNDED[format])
     kept = stored_linear(pack_rounded(rounded, format, residual).tensors, format, weight.shape).dense_weight()
-    expected = rounded.values.float() * rounded.scale.float().repeat_interleave(rounded.group_size, 1)
-    assert torch.equal(kept, expected)
+    assert torch.equal(kept, dequantize(rounded))
 
 
 @pytest.mark.parametrize(
-    ("format", "group", "factors"), [("dense_int4", None, 0), ("int8_residual", None, 0), ("dense_int8", None, 1)]
+    ("format", "group", "factors"),
+    [("dense_int4", None, 0), ("int8_residual", None, 0), ("dense_int8", None, 1), ("dense_int4_asym", 64, 0)],
 )
 def test_a_rounded_weight_of_another_format_is_refused(format: Format, group: int | None, factors: int) -> None:
     residual = Factors(torch.ones(6, factors), torch.ones(factors, 128)) if factors else None

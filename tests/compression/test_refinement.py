@@ -21,9 +21,11 @@ from spectrim.formats.lowrank_linear import LowRankLinear
 from spectrim.maths.losses import divergence as mean_divergence
 from spectrim.maths.losses import next_token_loss
 from spectrim.maths.lowrank import Factors
-from spectrim.maths.quantization import Quantized, dequantize, round_to_nearest
+from spectrim.maths.quantization import Quantized, dequantize
+from spectrim.maths.storage_formats import Grid
 from spectrim.models.modules import compressible_linears
 from tests import reference, tiny
+from tests.checkpoints import nearest
 
 WINDOWS = torch.randint(2, 200, (6, 16), generator=torch.Generator().manual_seed(1))
 RATES = LearningRates(factors=3e-3, scales=3e-3, vectors=0.0)
@@ -186,7 +188,7 @@ def rounded_weights(model: torch.nn.Module, rank: int = 2) -> dict[str, tuple[Qu
     found: dict[str, tuple[Quantized, Factors | None]] = {}
     for index, (name, linear) in enumerate(compressible_linears(model).items()):
         weight = linear.weight.detach()
-        rounded = round_to_nearest(weight, 3, 16)
+        rounded = nearest(weight, Grid(3, 16, asymmetric=bool(index % 3)))
         u, s, v = torch.linalg.svd(weight - dequantize(rounded), full_matrices=False)
         found[name] = rounded, Factors((u * s)[:, :rank], v[:rank]) if index % 2 else None
     return found
@@ -204,17 +206,22 @@ def rounded_run(family: str = "llama", steps: int = 6, vectors: float = 3e-3) ->
 
 
 def explicit(weight: Quantized, residual: Factors | None, change: torch.Tensor) -> torch.Tensor:
-    scale = (weight.scale.float() * (1 + change)).repeat_interleave(weight.group_size, dim=1)
-    dense = weight.values.float() * scale
+    scale = weight.scale.float() * (1 + change)
+    zero = torch.zeros_like(scale) if weight.zero_point is None else weight.zero_point
+    scale, zero = (part.repeat_interleave(weight.group_size, dim=1) for part in (scale, zero))
+    dense = (weight.values.float() - zero) * scale
     return dense if residual is None else dense + residual.left @ residual.right
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_rounded_weight_multiplies_and_has_gradients_as_its_expansion(bias: bool, rank: int) -> None:
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_a_rounded_weight_multiplies_and_has_gradients_as_its_expansion(
+    bias: bool, rank: int, asymmetric: bool
+) -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(32, 12, bias=bias)
-    weight = round_to_nearest(linear.weight.detach(), 3, 16)
+    weight = nearest(linear.weight.detach() + 0.1, Grid(3, 16, asymmetric))
     residual = Factors(torch.randn(12, rank), torch.randn(rank, 32)) if rank else None
     module = RoundedTraining(weight, residual, linear.bias)
     with torch.no_grad():

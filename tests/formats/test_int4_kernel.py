@@ -33,8 +33,9 @@ def draw(seed: int, out: int, groups: int, group: int = GROUP) -> tuple[Tensor, 
     return weight, (torch.rand(out, groups, generator=generator) / 50 + 0.01).half()
 
 
-def expanded(weight: Tensor, scale: Tensor) -> Tensor:
-    return (unpack(weight, 4).double() * scale.double()[..., None]).flatten(1)
+def expanded(weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    zero = torch.zeros_like(scale) if zero is None else zero
+    return ((unpack(weight, 4).double() - zero.double()[..., None]) * scale.double()[..., None]).flatten(1)
 
 
 def linear(dtype: torch.dtype | None) -> tuple[QuantizedLinear, Tensor]:
@@ -45,17 +46,24 @@ def linear(dtype: torch.dtype | None) -> tuple[QuantizedLinear, Tensor]:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 12), st.integers(1, 5), st.sampled_from([32, 64, 128]), st.integers(1, 40), st.integers(0, 99))
-def test_is_the_product_with_the_scaled_integers(tiles: int, groups: int, group: int, rows: int, seed: int) -> None:
+@given(
+    st.integers(1, 12), st.integers(1, 5), st.sampled_from([32, 64, 128]), st.integers(1, 40), st.integers(0, 99),
+    st.booleans(),
+)  # fmt: skip
+def test_is_the_product_with_the_scaled_integers(
+    tiles: int, groups: int, group: int, rows: int, seed: int, asymmetric: bool
+) -> None:
     weight, scale = draw(seed, 16 * tiles, groups, group)
     assert suits(weight, torch.bfloat16)
-    x = torch.randn(1, rows, groups * group, generator=torch.Generator().manual_seed(seed)).bfloat16()
-    exact = expanded(weight, scale).mT
-    found = int4_product(x, kernel_order(weight), scale)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, rows, groups * group, generator=generator).bfloat16()
+    zero = torch.randint(-128, 112, scale.shape, generator=generator) / 16 if asymmetric else None
+    exact = expanded(weight, scale, zero).mT
+    found = int4_product(x, kernel_order(weight), scale, zero)
     assert (found.shape, found.dtype) == ((1, rows, 16 * tiles), torch.bfloat16)
     size = x.double().abs() @ exact.abs()
     assert float((found.double() - x.double() @ exact).abs().max() / size.max()) < 1e-2
-    unordered = int4_product(x, weight.flatten(1), scale)  # negative control
+    unordered = int4_product(x, weight.flatten(1), scale, zero)  # negative control
     assert float((unordered.double() - x.double() @ exact).abs().max() / size.max()) > 2e-2
 
 

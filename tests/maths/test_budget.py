@@ -21,8 +21,8 @@ from spectrim.maths.budget import (
     stored_bytes,
 )
 from spectrim.maths.lowrank import Factors
-from spectrim.maths.quantization import round_to_nearest
 from spectrim.maths.storage_formats import FORMATS as DECLARED
+from tests.checkpoints import nearest
 
 FORMATS = list(FACTORED)
 formats = st.sampled_from(FORMATS)
@@ -38,8 +38,7 @@ def counted(format: str, out: int, in_: int, rank: int) -> int:
     if format in FACTORED:
         tensors = pack(factors, format).tensors
     else:
-        grid = ROUNDED[format]
-        rounded = round_to_nearest(torch.randn(out, in_), grid.n_bits, grid.group_size(in_))
+        rounded = nearest(torch.randn(out, in_), ROUNDED[format])
         tensors = pack_rounded(rounded, format, factors if format in RESIDUAL else None).tensors
     return sum(tensor.nbytes for tensor in tensors.values())
 

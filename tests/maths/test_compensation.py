@@ -25,13 +25,14 @@ def correlated(seed: int, out: int, in_: int) -> tuple[torch.Tensor, torch.Tenso
 @settings(deadline=None, max_examples=20)
 @given(
     st.integers(0, 99), st.integers(1, 6), st.sampled_from([2, 3, 4]),
-    st.sampled_from([(4, 2), (8, 4), (130, 65), (12, None), (70, None)]),
+    st.sampled_from([(4, 2), (8, 4), (130, 65), (12, None), (70, None)]), st.booleans(),
 )  # fmt: skip
-def test_equals_the_naive_version(seed, out, n_bits, shape):
+def test_equals_the_naive_version(seed, out, n_bits, shape, asymmetric):
     in_, size = shape
     weight, gram = correlated(seed, out, in_)
-    found = compensated(weight, gram, Grid(n_bits, size), DAMPING)
-    expected = reference.compensated(weight, gram, n_bits, found.scale, DAMPING)
+    found = compensated(weight, gram, Grid(n_bits, size, asymmetric), DAMPING)
+    assert (found.zero_point is not None) == asymmetric
+    expected = reference.compensated(weight, gram, n_bits, found.scale, DAMPING, found.zero_point)
     torch.testing.assert_close(dequantize(found, torch.float64), expected, rtol=1e-6, atol=1e-8)
 
 
@@ -73,12 +74,24 @@ def test_order_search_and_feedback_each_make_the_error_less():
     assert better["scale"] == 8 and better["order"] >= 6
 
 
-def test_integers_stay_on_their_grid_and_zeros_stay_zeros():
+@pytest.mark.parametrize("n_bits", [3, 4])
+def test_zero_points_make_the_error_of_lopsided_groups_less(n_bits):
+    for seed in range(4):
+        weight, gram = correlated(seed, 24, 128)
+        weight = weight + weight.abs()  # half of the numbers are zero, the others positive
+        plain, asymmetric = (
+            lost(weight, gram, compensated(weight, gram, Grid(n_bits, 64, with_zero))) for with_zero in (False, True)
+        )
+        assert asymmetric < 0.6 * plain
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_integers_stay_on_their_grid_and_zeros_stay_zeros(asymmetric):
     weight, gram = correlated(2, 5, 32)
     weight[3] = 0
-    found = compensated(weight, gram, Grid(4, 16))
+    found = compensated(weight, gram, Grid(4, 16, asymmetric))
     assert found.values.dtype == torch.int8 and -8 <= int(found.values.min()) <= int(found.values.max()) <= 7
-    assert not found.values[3].any() and not found.scale[3].any()
+    assert not dequantize(found)[3].any() and not found.scale[3].any()
 
 
 def test_a_rank_deficient_gram_is_damped():
