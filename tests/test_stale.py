@@ -53,7 +53,7 @@ MUTATIONS: dict[str, tuple[set[str], set[str]]] = {
 @pytest.fixture
 def digests(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Project], dict[str, str]]]:
     """Project -> stage -> the code part of its keys in the store, with the files as they are there."""
-    cached = (closure.tree, closure.imports, closure._content, closure._digest_of)
+    cached = (closure.tree, closure.imports, closure._foreign, closure._content, closure._digest_of)
 
     def found(project: Project) -> dict[str, str]:
         monkeypatch.setattr(closure, "ROOT", project.folder)
@@ -91,6 +91,27 @@ def test_a_changed_behaviour_reaches_its_stages_and_no_others(
         missed = {stage for stage in STORED if now[stage] != before[stage]}
         assert changed <= found and changed <= missed, name
         assert not untouched & found and not untouched & missed, name
+
+
+@pytest.mark.parametrize(
+    ("package", "changed", "untouched"),
+    [
+        ("pcodec", {"train_ranks", "update_weights", "remap", "evaluate"}, {"prepare", "calibrate", "capture"}),
+        ("mwparserfromhell", {"calibrate"}, {"prepare", "capture", "train_ranks", "update_weights", "remap"}),
+        ("torch", STORED - {"calibrate", "report"}, set()),
+        ("prefect", set(), STORED),
+        ("rich", set(), STORED),
+    ],
+)
+def test_another_version_of_a_package_that_computes_is_in_the_keys_of_what_it_computes(
+    package: str, changed: set[str], untouched: set[str], finished_llama: Project,
+    digests: Callable[[Project], dict[str, str]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    before, real = digests(finished_llama), closure.version
+    monkeypatch.setattr(closure, "version", lambda name: "0.0" if name == package else real(name))
+    after = digests(finished_llama)
+    found = {stage for stage in STORED if after[stage] != before[stage]}
+    assert changed <= found and not untouched & found
 
 
 def test_a_kernel_that_computes_something_else_is_measured_again(finished_llama: Project, tmp_path: Path) -> None:

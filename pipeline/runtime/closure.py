@@ -15,8 +15,10 @@ import ast
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from spectrim.errors import StorageError
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("spectrim", "pipeline", "stages")
+ORCHESTRATION = {Path("pipeline", "runtime"), Path("pipeline", "config")}
+"""What calls the code that computes, and imports what runs, draws and checks but changes no result."""
 DOTTED = re.compile(r"\w+(\.\w+)+")
 
 
@@ -88,8 +92,20 @@ def code_digest(computes: Callable[..., Any]) -> str:
     """Hash of all code that ``computes`` can execute: the closure of the modules that define it and what it is given.
 
     Of Python its syntax tree without docstrings: what a comment or a line break changes is computed by nobody again.
+    Of other people's packages that it imports, the versions.
     """
     return artifacts.digest({module: _digest_of(module) for module in sorted(modules_of(computes))})
+
+
+def libraries(*files: Path) -> dict[str, str]:
+    """Version of every package of others that the closure of ``files`` computes with, by its name in the package index.
+
+    That is what it imports outside ORCHESTRATION. A package that is not installed has no version: it is optional, and
+    what needs it does not run.
+    """
+    computing = [file for file in closure(*files) if not ORCHESTRATION & set(file.parents)]
+    imported = {name for file in computing for name in _foreign(file)}
+    return {package: version(package) for name in imported for package in _packages().get(name, ())}
 
 
 def dependencies(stage: str) -> list[str]:
@@ -108,7 +124,24 @@ def _digest_of(module: str) -> str:
     file = module_file(module)
     if file is None:
         raise ValueError(f"{module}: none of {PACKAGES}; define what a layer computes in a module there")
-    return artifacts.digest({path.as_posix(): _content(path) for path in closure(file)})
+    return artifacts.digest([{path.as_posix(): _content(path) for path in closure(file)}, libraries(file)])
+
+
+@cache
+def _foreign(file: Path) -> frozenset[str]:
+    """The top-level modules, neither of this project nor of Python, that a file imports."""
+    names: set[str] = set()
+    for node in _executed(tree(file), typing=False):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(str(node.module))
+    return frozenset({name.partition(".")[0] for name in names} - sys.stdlib_module_names - set(PACKAGES))
+
+
+@cache  # it reads what every installed package says of itself
+def _packages() -> Mapping[str, list[str]]:
+    return packages_distributions()
 
 
 @cache

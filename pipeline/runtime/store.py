@@ -15,8 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +24,15 @@ from spectrim.errors import StorageError
 LAYOUT = 1  # raise it when an entry's layout changes: old entries are then never found
 MANIFEST = "manifest.json"
 DAY = 86_400
-LIBRARIES = ("numpy", "scipy", "torch", "transformers")
 
 
 def key(stage: str, layer: str, *parts: Any) -> str:
-    """The hex name of a layer's result: hash of the stage, the layer, ``parts`` and the versions that decide its bits.
+    """The hex name of a layer's result: hash of the stage, the layer, and ``parts``.
 
     ``parts`` is everything else the result depends on: parameters, sha256 of inputs, ``closure.code_digest``; see
     ``artifacts.digest`` for what it may hold.
     """
-    return artifacts.digest([LAYOUT, stage, layer, list(parts), _libraries()])
+    return artifacts.digest([LAYOUT, stage, layer, list(parts)])
 
 
 def default_root() -> Path:
@@ -169,11 +166,6 @@ def link_or_copy(entry: Path, destination: Path) -> None:
                 raise
             except OSError:  # another file system, or one without links
                 shutil.copyfile(source, target)
-
-
-@cache  # a stage makes hundreds of keys, and each version is a file that is read
-def _libraries() -> dict[str, str]:
-    return {name: version(name) for name in LIBRARIES}
 
 
 def _damage(entry: Path) -> str | None:

@@ -60,8 +60,10 @@ class CodedBlocks:
         """The file of every block at its step; what is said in it are the bytes of each linear."""
         return list(self._coded(dict(enumerate(steps))).values())
 
-    def steps(self, budget: int) -> list[float]:
-        """The step of every block: together their code takes ``budget`` bytes or hardly less, or MOST_BITS a number.
+    def fill(self, budget: int) -> tuple[list[float], list[Path]]:
+        """The step of every block, and ``files`` of these.
+
+        Together their code takes ``budget`` bytes or hardly less, or MOST_BITS a number.
 
         Raises:
             BudgetError: the steps of rows and columns alone take more.
@@ -76,13 +78,14 @@ class CodedBlocks:
         aim = budget * (1 - SLACK / 2)
         found = [_solve(lambda step: excess * sum(estimate(step) for estimate in estimates), aim)] * len(estimates)
         sampled = sum(weight.numel() for index in sample for weight in self.model.weights(index).values())
-        for _ in range(ROUNDS):
-            used = sum(bytes_by_name(self.files(found)).values())
-            if budget * (1 - SLACK) <= used <= budget:
+        for left in reversed(range(ROUNDS)):
+            files = self.files(found)
+            used = sum(bytes_by_name(files).values())
+            if not left or budget * (1 - SLACK) <= used <= budget:
                 break
             for index in sample:  # twice the step is a bit a number less
                 found[index] *= 2 ** (8 * (used - aim) / sampled)
-        return found
+        return found, files
 
     def _coded(self, steps: Mapping[int, float]) -> dict[int, Path]:
         made = self._run("coding", _write_coded, steps)

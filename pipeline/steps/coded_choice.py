@@ -54,8 +54,7 @@ def coded_choice(params: Params, device: torch.device, store: LayerStore) -> dic
 
 
 def _candidate(coded: CodedBlocks, budget: int) -> _Candidate:
-    steps = coded.steps(budget)
-    return _Candidate(coded.row_damping, steps, coded.files(steps))
+    return _Candidate(coded.row_damping, *coded.fill(budget))
 
 
 def _require_memory(files: Iterable[Path], shapes: Mapping[str, Shape], ratio: float | None) -> None:
