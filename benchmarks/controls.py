@@ -1,11 +1,14 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["llmcompressor==0.14.0.1", "compressed-tensors", "datasets", "pyarrow", "torch", "transformers"]
+# dependencies = [
+#     "llmcompressor==0.14.0.1", "cyllama==0.2.18", "gguf", "compressed-tensors", "datasets", "pyarrow", "torch",
+#     "transformers",
+# ]
 # ///
 """What people quantize with, on the windows of this project: one JSON object per scheme, ready for a table.
 
-    python -m venv ENV && ENV/bin/pip install llmcompressor==0.14.0.1
-    ENV/bin/python benchmarks/controls.py [--text FILE]
+    python -m venv ENV && ENV/bin/pip install llmcompressor==0.14.0.1 cyllama==0.2.18 gguf
+    ENV/bin/python benchmarks/controls.py [--text FILE] [--gguf FILE]
 
 It runs in an environment of its own, which its first lines declare (`uv run` makes it), since llm-compressor pins other
 versions. So it imports nothing of this project.
@@ -15,6 +18,9 @@ windows of it.
     nearest         int4 in groups of 64, symmetric, round to nearest
     gptq            the same by llm-compressor's GPTQ (Frantar et al. 2022, arXiv:2210.17323), its defaults
     gptq-asymmetric with a zero point per group
+    q8_0 … q2_k     llama.cpp's formats, made of the model's GGUF file by cyllama, without an importance matrix;
+                    embeddings and the head stay in 16 bit. Rows whose inputs 256 does not divide get other formats
+                    there than the name says
 """
 
 import argparse
@@ -22,6 +28,7 @@ import json
 import math
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.parquet
@@ -31,6 +38,9 @@ from torch.nn.functional import cross_entropy
 
 GROUP, BITS, SCALE_BITS = 64, 4, 16
 SCHEMES = {"nearest": True, "gptq": True, "gptq-asymmetric": False}  # whether it is symmetric
+GGUF = {"q8_0": 7, "q6_k": 18, "q4_k_m": 15, "q4_k_s": 14, "iq4_nl": 25, "q4_0": 2, "q3_k_m": 12, "q2_k": 10}
+"""llama.cpp's numbers of these formats."""
+FLOAT16 = 1  # and of that one
 TEXT_WINDOWS = 16
 ARTIFACTS = Path("artifacts")
 
@@ -65,6 +75,23 @@ def quantized(folder: Path, scheme: str, calibration: Tensor) -> Any:
     return model.eval()
 
 
+def in_gguf(file: Path, scheme: str, folder: Path) -> tuple[Any, float]:
+    """The model of a GGUF file in another of its formats, and the bytes of its linears over those in 16 bit."""
+    from cyllama.llama import llama_cpp
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM
+
+    wanted = llama_cpp.LlamaModelQuantizeParams()
+    wanted.ftype, wanted.allow_requantize = GGUF[scheme], True
+    wanted.token_embedding_type = wanted.output_tensor_type = FLOAT16
+    made = folder / f"{scheme}.gguf"
+    llama_cpp.model_quantize(str(file), str(made), wanted)
+    linears = [part for part in GGUFReader(made).tensors if part.name.startswith("blk.") and len(part.shape) == 2]
+    ratio = sum(part.n_bytes for part in linears) / sum(2 * part.n_elements for part in linears)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=made.name, dtype=torch.float32)
+    return model.eval(), float(ratio)
+
+
 @torch.no_grad()
 def perplexity(model: Any, windows: Tensor) -> float:
     """exp of the mean loss over every next token."""
@@ -84,7 +111,9 @@ def text_windows(folder: Path, file: Path, seq_len: int) -> Tensor:
 def main() -> None:
     """Print one line per scheme."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("schemes", nargs="*", choices=[*SCHEMES, []], default=list(SCHEMES), help="all where none")
+    names = [*SCHEMES, *GGUF]
+    parser.add_argument("schemes", nargs="*", choices=[*names, []], default=names, help="all where none")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model, for llama.cpp's formats")
     parser.add_argument("--text", type=Path, metavar="FILE", help="one more text to measure")
     arguments = parser.parse_args()
     model_folder, calibrate = ARTIFACTS / "prepare", ARTIFACTS / "calibrate"
@@ -94,11 +123,16 @@ def main() -> None:
         texts[arguments.text.stem] = text_windows(model_folder, arguments.text, calibration.shape[1])
     for scheme in arguments.schemes:
         start = time.monotonic()
-        model = quantized(model_folder, scheme, calibration)
+        if scheme in GGUF and not arguments.gguf:
+            continue
+        if scheme in GGUF:
+            with TemporaryDirectory() as folder:
+                model, ratio = in_gguf(arguments.gguf, scheme, Path(folder))
+        else:
+            model = quantized(model_folder, scheme, calibration)
+            ratio = (BITS + (SCALE_BITS + (0 if SCHEMES[scheme] else BITS)) / GROUP) / SCALE_BITS
         seconds = time.monotonic() - start
-        zero_point = 0 if SCHEMES[scheme] else BITS
         found = {name: round(perplexity(model, windows), 2) for name, windows in texts.items()}
-        ratio = (BITS + (SCALE_BITS + zero_point) / GROUP) / SCALE_BITS
         print(
             json.dumps({"scheme": scheme, "ratio": ratio, "perplexity": found, "seconds": round(seconds)}), flush=True
         )

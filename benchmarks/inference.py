@@ -101,8 +101,9 @@ def filled(linear: nn.Linear, format: Format, rank: int) -> StoredLinear:
         elif dtype in (torch.int8, torch.uint8):
             tensors[suffix] = torch.randint(0, 100, shape, dtype=dtype)
         else:
-            tensors[suffix] = (torch.randn(shape) / 30).to(dtype or linear.weight.dtype)
-    module = kind_of(format).from_tensors(tensors, format, out, in_, linear.bias).to(linear.weight.device)
+            tensors[suffix] = (torch.randn(shape) / 30).to(dtype)
+    module = kind_of(format).from_tensors(tensors, format, out, in_, linear.bias)
+    module = module.to(linear.weight.device, linear.weight.dtype)
     module.lay_out(linear.weight.dtype)
     return module
 
