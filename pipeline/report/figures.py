@@ -56,12 +56,12 @@ MAX_DRAWN_LAYERS = 10
 MAX_DRAWN_POINTS = 100
 
 
-def _drawn(name: str) -> "Callable[[Callable[Arguments, Figure]], Callable[Arguments, str]]":
+def drawn(name: str) -> "Callable[[Callable[Arguments, Figure]], Callable[Arguments, str]]":
     """Let a function that returns a matplotlib figure return SVG, drawn in STYLE, with ids that begin with ``name``."""
 
     def decorate(draw: "Callable[Arguments, Figure]") -> Callable[Arguments, str]:
         @functools.wraps(draw)
-        def drawn(*args: Arguments.args, **options: Arguments.kwargs) -> str:
+        def as_svg(*args: Arguments.args, **options: Arguments.kwargs) -> str:
             import matplotlib as mpl
 
             buffer = io.StringIO()
@@ -69,12 +69,12 @@ def _drawn(name: str) -> "Callable[[Callable[Arguments, Figure]], Callable[Argum
                 draw(*args, **options).savefig(buffer, format="svg", metadata={"Date": None})
             return _neutral(buffer.getvalue(), name)
 
-        return drawn
+        return as_svg
 
     return decorate
 
 
-def _figure(width: float, height: float) -> "Figure":
+def canvas(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -90,12 +90,12 @@ def _neutral(svg: str, name: str) -> str:
     return text.replace(INK, "currentColor").strip() + "\n"
 
 
-@_drawn("ranks")
+@drawn("ranks")
 def ranks_figure(found: Sequence[RankedMatrix]) -> "Figure":
     """Heatmap of layers (across) and matrix types (down): rank or format in figures, share of bytes kept in colour."""
     groups = by_kind(found)
     layers = sorted({matrix.layer for matrix in found})
-    figure = _figure(min(11, 3 + 0.3 * len(layers)), 1.3 + 0.34 * len(groups))
+    figure = canvas(min(11, 3 + 0.3 * len(layers)), 1.3 + 0.34 * len(groups))
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.patches import Patch, Rectangle
@@ -129,7 +129,7 @@ def ranks_figure(found: Sequence[RankedMatrix]) -> "Figure":
     return figure
 
 
-@_drawn("spectra")
+@drawn("spectra")
 def spectra_figure(found: Sequence[RankedMatrix], spectra: "Mapping[str, np.ndarray]", metric: str) -> "Figure":
     """One panel per matrix type: σ by component for layers spread over the depth; colour up to the cut, grey beyond."""
     from matplotlib.colors import LinearSegmentedColormap
@@ -138,7 +138,7 @@ def spectra_figure(found: Sequence[RankedMatrix], spectra: "Mapping[str, np.ndar
     groups = by_kind(found)
     n_columns = min(4, len(groups))
     n_rows = -(-len(groups) // n_columns)
-    figure = _figure(11, 0.5 + 2.35 * n_rows)
+    figure = canvas(11, 0.5 + 2.35 * n_rows)
     panels = figure.subplots(n_rows, n_columns, sharey=True, squeeze=False)
     depth = LinearSegmentedColormap.from_list("depth", DEPTHS)
     last = max((matrix.layer for matrix in found), default=0)
@@ -163,11 +163,11 @@ def spectra_figure(found: Sequence[RankedMatrix], spectra: "Mapping[str, np.ndar
     return figure
 
 
-@_drawn("training")
+@drawn("training")
 def training_figure(curve: "Mapping[str, np.ndarray]", ratio: float) -> "Figure":
     """One panel per series of TRAINED in ``curve``, the columns of curve.csv; ``ratio`` is the one asked for."""
     series = [name for name in TRAINED if name in curve]
-    figure = _figure(5.5 * len(series), 2.7)
+    figure = canvas(5.5 * len(series), 2.7)
     panels = figure.subplots(1, len(series), squeeze=False, gridspec_kw={"wspace": 0.06})[0]
     for axes, name in zip(panels, series, strict=True):
         noisy = name in ("cross_entropy", "divergence")
@@ -183,10 +183,10 @@ def training_figure(curve: "Mapping[str, np.ndarray]", ratio: float) -> "Figure"
     return figure
 
 
-@_drawn("refinement")
+@drawn("refinement")
 def refinement_figure(curve: "Mapping[str, np.ndarray]") -> "Figure":
     """The validation loss where it was measured, and the training loss of each step; columns of refinement.csv."""
-    figure = _figure(11, 2.7)
+    figure = canvas(11, 2.7)
     panels = figure.subplots(1, 2, gridspec_kw={"wspace": 0.06})
     for axes, (name, title) in zip(panels, REFINED.items(), strict=True):
         there = curve[name] == curve[name]  # NaN: nothing measured at that step
@@ -197,7 +197,7 @@ def refinement_figure(curve: "Mapping[str, np.ndarray]") -> "Figure":
     return figure
 
 
-@_drawn("size")
+@drawn("size")
 def size_figure(points: Sequence[SizePoint], dense_bytes: int) -> "Figure":
     """Perplexity (log) over the bytes of the linears, one panel per text, every model named at its point.
 
@@ -206,7 +206,7 @@ def size_figure(points: Sequence[SizePoint], dense_bytes: int) -> "Figure":
     texts = list(points[0].perplexity)
     n_columns = min(2, len(texts))
     n_rows = -(-len(texts) // n_columns)
-    figure = _figure(5.6 * n_columns, 3.4 * n_rows)
+    figure = canvas(5.6 * n_columns, 3.4 * n_rows)
     panels = figure.subplots(n_rows, n_columns, squeeze=False)
     for axes, text in zip(panels.flat, texts, strict=False):
         _size_panel(axes, text, points, dense_bytes / 1e6)
@@ -286,7 +286,8 @@ def _size_panel(axes: "Axes", text: str, points: Sequence[SizePoint], dense: flo
                 "in memory", (memory_ratio * dense, values[text]), xytext=(0, -14), textcoords="offset points",
                 ha="center", fontsize=8.5,
             )  # fmt: skip
-        above = ratio > 0.7  # beside the point there is no room
+        # beside the point there is no room, or the line of the dense model
+        above = ratio > 0.7 or values[text] < 1.01 * points[0].perplexity[text]
         axes.annotate(
             f"{name} {number(values[text])}",
             (ratio * dense, values[text]),
