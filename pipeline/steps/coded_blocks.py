@@ -36,7 +36,7 @@ PIVOTS = "pivots.safetensors"
 SAMPLED = 6
 NUMBERS = 2**14  # of a matrix, whose entropy stands for that of all
 SLACK = 0.002
-ROUNDS = 4  # over all blocks
+ROUNDS = 4  # in which the step is corrected
 MOST_BITS = 7  # a number: what is finer loses nothing to speak of, and no longer fits a byte
 
 
@@ -78,7 +78,7 @@ class CodedBlocks:
         aim = budget * (1 - SLACK / 2)
         found = [_solve(lambda step: excess * sum(estimate(step) for estimate in estimates), aim)] * len(estimates)
         sampled = sum(weight.numel() for index in sample for weight in self.model.weights(index).values())
-        for left in reversed(range(ROUNDS)):
+        for left in reversed(range(ROUNDS + 1)):
             files = self.files(found)
             used = sum(bytes_by_name(files).values())
             if not left or budget * (1 - SLACK) <= used <= budget:

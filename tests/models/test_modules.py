@@ -44,10 +44,15 @@ def reference_weight(tensors: dict[str, Tensor], format: Format) -> Tensor:
     """W in float64, element by element as the format says."""
     if tensors["weight"].dim() == 3:
         n_bits = ROUNDED[format].n_bits
+        zeros = tensors.get("weight_zero", torch.zeros(tensors["weight_scale"].shape)) / 2 ** (8 - n_bits)
         weight = torch.tensor(
             [
-                [value * float(scale) for group, scale in zip(*row, strict=True) for value in integers(group, n_bits)]
-                for row in zip(tensors["weight"], tensors["weight_scale"], strict=True)
+                [
+                    (value - float(zero)) * float(scale)
+                    for group, scale, zero in zip(*row, strict=True)
+                    for value in integers(group, n_bits)
+                ]
+                for row in zip(tensors["weight"], tensors["weight_scale"], zeros, strict=True)
             ],
             dtype=torch.float64,
         )
