@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from spectrim.errors import NumericalError
 from spectrim.maths.scale_search import RATIOS, searched_scale
 from spectrim.maths.storage_formats import Grid
+from spectrim.maths.zero_point_search import searched_zero_point
 from tests import reference
 
 
@@ -81,6 +82,7 @@ def test_zeros_have_no_scale():
         (torch.full((1, 8), 1e9), torch.ones(8), "overflows float16"),
     ],
 )
-def test_errors_say_what_is_wrong(weight, importance, message):
+@pytest.mark.parametrize("search", [searched_scale, searched_zero_point])
+def test_errors_say_what_is_wrong(search, weight, importance, message):
     with pytest.raises(NumericalError, match=message):
-        searched_scale(weight, importance, Grid(4, 4))
+        search(weight, importance, Grid(4, 4, asymmetric=search is searched_zero_point))

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectrim.errors import NumericalError
 from spectrim.maths.quantization import Quantized, dequantize
 from spectrim.maths.scale_search import RATIOS, searched_scale
 from spectrim.maths.storage_formats import Grid
@@ -82,17 +81,3 @@ def test_zero_points_fit_a_byte_and_zeros_have_no_scale():
         stored = zero * grid.zero_steps
         assert torch.equal(stored, stored.round()) and -128 <= float(stored.min()) <= float(stored.max()) <= 127
         assert not scale[-1].any() and scale[:-1].all()
-
-
-@pytest.mark.parametrize(
-    ("weight", "importance", "message"),
-    [
-        (torch.full((1, 8), torch.nan), torch.ones(8), "weight"),
-        (torch.ones(1, 8), torch.full((8,), torch.inf), "importance"),
-        (torch.ones(1, 8), torch.ones(7), r"importance \(7,\)"),
-        (torch.full((1, 8), 1e9), torch.ones(8), "overflows float16"),
-    ],
-)
-def test_errors_say_what_is_wrong(weight, importance, message):
-    with pytest.raises(NumericalError, match=message):
-        searched_zero_point(weight, importance, Grid(4, 4, asymmetric=True))
