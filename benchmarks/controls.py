@@ -111,20 +111,22 @@ def text_windows(folder: Path, file: Path, seq_len: int) -> Tensor:
 def main() -> None:
     """Print one line per scheme."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*SCHEMES, *GGUF]
-    parser.add_argument("schemes", nargs="*", choices=[*names, []], default=names, help="all where none")
+    parser.add_argument(
+        "schemes", nargs="*", choices=[*SCHEMES, *GGUF, []], help="all where none; llama.cpp's only with --gguf"
+    )
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model, for llama.cpp's formats")
     parser.add_argument("--text", type=Path, metavar="FILE", help="one more text to measure")
     arguments = parser.parse_args()
+    schemes = arguments.schemes or [*SCHEMES, *(GGUF if arguments.gguf else ())]
+    if not arguments.gguf and (named := [scheme for scheme in schemes if scheme in GGUF]):
+        parser.error(f"{', '.join(named)}: made of the model's GGUF file; name it with --gguf")
     model_folder, calibrate = ARTIFACTS / "prepare", ARTIFACTS / "calibrate"
     calibration = windows_of(calibrate / "calibration.parquet")
     texts = {file.stem: windows_of(file) for file in sorted((calibrate / "test").glob("*.parquet"))}
     if arguments.text:
         texts[arguments.text.stem] = text_windows(model_folder, arguments.text, calibration.shape[1])
-    for scheme in arguments.schemes:
+    for scheme in schemes:
         start = time.monotonic()
-        if scheme in GGUF and not arguments.gguf:
-            continue
         if scheme in GGUF:
             with TemporaryDirectory() as folder:
                 model, ratio = in_gguf(arguments.gguf, scheme, Path(folder))

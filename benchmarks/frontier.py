@@ -8,15 +8,14 @@ is computed: measure, then change the table.
 """
 
 import csv
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.report.figures import ACCENT, INK, QUANTIZED, canvas, drawn, standalone
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-SERIES = {"coded": ACCENT, "mixed": "#24a89a", "low rank": "#8a5cf0"}
+SERIES = {"coded": ACCENT, "mixed": "#24a89a"}
 TOP = 40.0
 """Perplexity beyond which nobody takes a model."""
 
@@ -49,21 +48,15 @@ def frontier(rows: Sequence[Measured]) -> Any:
     for axes, size, title in zip(panels, ("file", "memory"), ("in the file", "in memory"), strict=True):
         for row in rows:
             _point(axes, getattr(row, size), row)
-        for series, of_series in _lines(rows):
-            line = sorted((getattr(row, size), row.wikitext2) for row in of_series)
-            axes.plot(*zip(*line, strict=True), color=SERIES[series], linewidth=1.6, zorder=1)
+        for series, color in SERIES.items():
+            line = sorted((getattr(row, size), row.wikitext2) for row in rows if row.series == series)
+            axes.plot([x for x, _ in line], [y for _, y in line], color=color, linewidth=1.6, zorder=1)
         axes.set(title=f"Perplexity over MB of the linears {title}", yscale="log", xlim=(20, 245))
         axes.set_ylim(rows[0].wikitext2 * 0.975, TOP)
         axes.set_yticks(ticks := [23, 25, 28, 32, 36, 40], [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.grid(visible=True)
     return figure
-
-
-def _lines(rows: Sequence[Measured]) -> Iterator[tuple[str, list[Measured]]]:
-    for series, of_series in groupby(sorted(rows, key=lambda row: row.series), key=lambda row: row.series):
-        if series in SERIES:
-            yield series, list(of_series)
 
 
 def _point(axes: Any, x: float, row: Measured) -> None:
