@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from spectrim.errors import ModelError
 from spectrim.formats.products import CAPABILITY, STEP
@@ -73,10 +74,13 @@ def int4_product(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None =
         x: (..., in) bfloat16.
         weight: (out, in / 2) uint8 in ``kernel_order``.
         scale: (out, groups); the kernel reads it in bfloat16, each with a number to be added.
-        zero: (out, groups), or None for zeros.
+        zero: (out, groups) int8, in sixteenths of a step, or None for zeros.
     """
-    added = torch.zeros_like(scale) if zero is None else -zero * scale.float()
-    scale_and_added = torch.stack([scale.to(x.dtype).mT, added.to(x.dtype).mT], -1)  # (groups, out, 2)
+    steps = scale.to(x.dtype)
+    if zero is None:
+        scale_and_added = functional.pad(steps.mT.unsqueeze(-1), (0, 1))  # (groups, out, 2)
+    else:  # few operations: this is done for every token
+        scale_and_added = torch.stack([steps.mT, (zero * (steps * (-1 / 16))).mT], -1)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     group = x.shape[-1] // scale.shape[1]
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, group, scale_and_added)

@@ -48,7 +48,7 @@ class QuantizedLinear(StoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
         if self.reordered and suits_kernels(x):
-            y = int4_product(x, self.weight, self.weight_scale, self._zero_point(torch.float32))
+            y = int4_product(x, self.weight, self.weight_scale, self.weight_zero)
             y = y if self.bias is None else y + self.bias
         else:
             y = product(x, *self._rows(x.dtype), self.bias)

@@ -57,8 +57,8 @@ def test_is_the_product_with_the_scaled_integers(
     assert suits(weight, torch.bfloat16)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, rows, groups * group, generator=generator).bfloat16()
-    zero = torch.randint(-128, 112, scale.shape, generator=generator) / 16 if asymmetric else None
-    exact = expanded(weight, scale, zero).mT
+    zero = torch.randint(-128, 112, scale.shape, generator=generator, dtype=torch.int8) if asymmetric else None
+    exact = expanded(weight, scale, None if zero is None else zero / 16).mT
     found = int4_product(x, kernel_order(weight), scale, zero)
     assert (found.shape, found.dtype) == ((1, rows, 16 * tiles), torch.bfloat16)
     size = x.double().abs() @ exact.abs()
