@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.runtime.artifacts import files_sha256, read_json, require_model
+from spectrim.models.linearise import linearise
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 def load_model(folder: Path, device: "torch.device") -> "PreTrainedModel":
     """The model of a folder by plain ``from_pretrained``, in the dtype its config.json names, ready to evaluate.
 
+    Every matrix is a linear of its own, see models/linearise.py.
+
     Raises:
         StorageError: there is no such model folder.
     """
@@ -20,6 +23,7 @@ def load_model(folder: Path, device: "torch.device") -> "PreTrainedModel":
 
     require_model(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    linearise(model)
     return model.to(device).eval()
 
 

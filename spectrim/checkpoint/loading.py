@@ -25,6 +25,7 @@ from spectrim.formats.kinds import kind_of
 from spectrim.formats.shared_input import share
 from spectrim.formats.stored_linear import StoredLinear, narrow
 from spectrim.maths.storage_formats import FORMATS
+from spectrim.models.linearise import linearise
 from spectrim.models.modules import replace, same_input
 
 if TYPE_CHECKING:  # this file is loaded while transformers itself is being imported
@@ -76,12 +77,14 @@ class SpectrimQuantizer(HfQuantizer):
         _require_inside(files, model.name_or_path)
         entries = headers(files)
         check_half(entries, self.quantization_config)
+        linearise(model)
         self._replace_linears(model, entries)
         _check_keys(model, entries)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         # transformers forbids quantized models half() and float(); here integers and scales stay as they are
         setattr(model, "is_quantized", False)  # noqa: B010 - nn.Module declares every attribute a tensor or a module
+        setattr(model, "_weight_conversions", [])  # noqa: B010 - saved under the names of the modules, as in the files
         _lay_out(model)
         share(same_input(model))
         return model

@@ -27,6 +27,7 @@ from spectrim.errors import CheckpointError
 from spectrim.formats.packing import Packed
 from spectrim.formats.stored_linear import narrow
 from spectrim.maths.budget import dense_bytes
+from spectrim.models.linearise import read_linearised, sources_of
 
 
 def half_dtype(folder: Path) -> torch.dtype:
@@ -70,7 +71,8 @@ def assemble(
             format, or the size is no size.
     """
     half = half_dtype(source)
-    tensors = {name: read_tensor(entry, name) for name, entry in headers(weight_files(source)).items()}
+    files = {name: entry.file for name, entry in headers(weight_files(source)).items()}
+    tensors = read_linearised(files, sources_of(source))
     for name, tensor in (refined or {}).items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             raise CheckpointError(f"{name} {tuple(tensor.shape)}: not in {source}; rebuild it")

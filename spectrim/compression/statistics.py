@@ -8,6 +8,7 @@ states are in memory.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,7 +19,8 @@ from safetensors import safe_open
 from scipy.linalg.blas import ssyrk
 from torch import Tensor, nn
 
-from spectrim.errors import NumericalError
+from spectrim.compression.expert_statistics import layers_of, shrunk
+from spectrim.errors import ModelError, NumericalError
 from spectrim.maths.losses import next_token_loss
 from spectrim.maths.lowrank import Factors, smaller_root, spectrum, two_sided
 from spectrim.maths.whitening import Whitener
@@ -100,6 +102,7 @@ def input_statistics(
     sums: dict[str, Tensor] = {}
     totals: dict[str, Tensor] = {}
     owners: dict[str, str] = {}
+    tokens: dict[str, int] = defaultdict(int)
     seen: list[tuple[Tensor, str]] = []
     part = slice(0, 0)
 
@@ -108,6 +111,7 @@ def input_statistics(
         if owner is None:
             seen.append((x, name))
             flat = x.reshape(-1, x.shape[-1]).float()
+            tokens[name] += len(flat)
             block = second_moment(flat)
             if not torch.isfinite(block.diagonal().sum()):
                 raise NumericalError(_non_finite(name, x, part, "input"))
@@ -125,6 +129,14 @@ def input_statistics(
             if not torch.isfinite(result.sum()):
                 raise NumericalError(_non_finite(model.names[index], result, part, "output"))
             output[part] = result.cpu()
+    for experts in layers_of(model.linears[index]).values():
+        sums |= shrunk(sums, tokens, experts)
+        for name in experts:
+            owners.setdefault(name, name)
+            for total in (f"mean.{name}", f"abs_mean.{name}"):
+                totals.setdefault(total, sums[name].new_zeros(len(sums[name])))
+    if unseen := sorted(model.linears[index].keys() - owners.keys()):
+        raise ModelError(f"{unseen[0]}: its block never calls it; name it in compression.exclude")
     n_tokens = hidden.shape[0] * hidden.shape[1]
     tensors = {f"gram.{name}": pack_symmetric(gram) for name, gram in sums.items()}
     tensors |= {name: (total / n_tokens).cpu() for name, total in totals.items()}
@@ -164,10 +176,12 @@ def gradient_statistics(
         NumericalError: a non-finite gradient, naming the linear and the window.
     """
     sums: dict[str, Tensor] = {}
+    tokens: dict[str, int] = defaultdict(int)
     part = slice(0, 0)
 
     def accumulate(name: str, g: Tensor) -> None:
         flat = g.reshape(-1, g.shape[-1]).float()
+        tokens[name] += len(flat)
         block = second_moment(flat)
         if not torch.isfinite(block.diagonal().sum()):
             raise NumericalError(_non_finite(name, g, part, "output gradient"))
@@ -179,6 +193,8 @@ def gradient_statistics(
             leaf = hidden[part].to(model.device).requires_grad_()
             output = model.run(index, leaf)
             below[part] = torch.autograd.grad(output, leaf, gradient[part].to(model.device))[0].cpu()
+    for experts in layers_of(model.linears[index]).values():
+        sums |= shrunk(sums, tokens, experts)
     return {f"gradient_gram.{name}": pack_symmetric(gram) for name, gram in sums.items()}, below
 
 
@@ -273,6 +289,11 @@ def _observed_gradients(
 
 
 def _non_finite(name: str, values: Tensor, part: slice, what: str) -> str:
+    if values.numel() % (part.stop - part.start):  # of an expert, which sees some tokens of every window
+        return (
+            f"{name}: non-finite {what} in calibration windows {part.start} to {part.stop - 1}; activations must be "
+            "finite: use prepare.load_dtype float32 or bfloat16, or check the model's weights"
+        )
     windows = values.reshape(part.stop - part.start, -1)
     bad = next((i for i, row in enumerate(windows) if not torch.isfinite(row).all()), None)
     if bad is None:  # finite themselves, but not their squares

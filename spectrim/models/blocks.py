@@ -21,6 +21,8 @@ from torch.utils.hooks import RemovableHandle
 
 from spectrim.errors import ModelError, StorageError
 from spectrim.maths.lowrank import Factors
+from spectrim.models.experts import Slice
+from spectrim.models.linearise import linearise
 from spectrim.models.modules import decoder_blocks, linears_by_block
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with besides the hidden states
@@ -50,6 +52,7 @@ class BlockModel:
         with init_empty_weights():
             self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         self.model.eval().requires_grad_(False)
+        self._sources = linearise(self.model)
         self.prefix, self.blocks = decoder_blocks(self.model)
         self.names = [f"{self.prefix}.{i}" for i in range(len(self.blocks))]
         self.linears = list(linears_by_block(self.model, exclude).values())
@@ -60,7 +63,8 @@ class BlockModel:
             if buffer.device.type != "meta":
                 set_module_tensor_to_device(self.model, name, self.device, buffer)
         block_parts = tuple(f"{name}." for name in self.names)
-        self._load([name for name in self._files if not name.startswith(block_parts)])
+        outside = [name for name in self.model.state_dict() if not name.startswith(block_parts)]
+        self._load([name for name in outside if self._source(name).name in self._files])
         self.model.tie_weights()
         missing = [
             n for n, p in self.model.named_parameters() if p.device.type == "meta" and not n.startswith(block_parts)
@@ -75,8 +79,8 @@ class BlockModel:
     def resident(self, index: int) -> Iterator[nn.Module]:
         """Block ``index`` with its weights in memory for the length of the ``with``."""
         prefix = f"{self.names[index]}."
-        wanted = [f"{prefix}{name}" for name, _ in self.blocks[index].named_parameters()]
-        if absent := [name for name in wanted if name not in self._files]:
+        wanted = [f"{prefix}{name}" for name in self.blocks[index].state_dict()]  # persistent buffers are weights, too
+        if absent := [name for name in wanted if self._source(name).name not in self._files]:
             raise ModelError(f"{self.folder}: no weights for {absent[0]}; save the model again with save_pretrained")
         self._load(wanted)
         try:
@@ -87,11 +91,8 @@ class BlockModel:
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """Linear name -> weight (out, in) of block ``index`` in the model's dtype, read straight from the files."""
-        weights = {}
-        for name in self.linears[index]:
-            with safe_open(self._files[f"{name}.weight"], framework="pt") as handle:
-                weights[name] = handle.get_tensor(f"{name}.weight").to(self.device, self.dtype)
-        return weights
+        wanted = [f"{name}.weight" for name in self.linears[index]]
+        return {name.removesuffix(".weight"): value.to(self.device, self.dtype) for name, value in self._read(wanted)}
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
@@ -157,16 +158,23 @@ class BlockModel:
     def _stubbed(self, stub: Any) -> AbstractContextManager[None]:
         return stubbed(self.blocks, stub, self._returns_tuple())
 
-    def _load(self, names: list[str]) -> None:
+    def _load(self, names: Iterable[str]) -> None:
+        for name, value in self._read(names):
+            dtype = self.dtype if value.is_floating_point() else None
+            set_module_tensor_to_device(self.model, name, self.device, value, dtype=dtype)
+
+    def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of the model from the files, one after the other; of many experts only the one that is asked for."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
-            by_file.setdefault(self._files[name], []).append(name)
+            by_file.setdefault(self._files[self._source(name).name], []).append(name)
         for file, wanted in by_file.items():
             with safe_open(file, framework="pt") as handle:
                 for name in wanted:
-                    value = handle.get_tensor(name)
-                    dtype = self.dtype if value.is_floating_point() else None
-                    set_module_tensor_to_device(self.model, name, self.device, value, dtype=dtype)
+                    yield name, self._source(name).read(handle)
+
+    def _source(self, name: str) -> Slice:
+        return self._sources.get(name, Slice(name))
 
 
 def observed(linears: Mapping[str, nn.Module], observe: Callable[[str, Tensor], None]) -> AbstractContextManager[None]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from spectrim.errors import ModelError
+from spectrim.models.experts import ExpertLinears
 
 if TYPE_CHECKING:  # spectrim/__init__.py loads this file while transformers itself is being imported
     from transformers import PreTrainedModel
@@ -45,8 +46,9 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def linears_by_block(model: PreTrainedModel, exclude: Iterable[str] = ()) -> dict[str, dict[str, nn.Linear]]:
     """The compressible linears of every decoder block: block name -> linear name -> linear, in the model's order.
 
-    A linear is compressible when it is an ``nn.Linear`` inside a decoder block and its name matches none of the shell
-    patterns in ``exclude``. A block whose linears are all excluded is present with an empty dictionary.
+    A linear is compressible when it is an ``nn.Linear`` inside a decoder block, its name matches none of the shell
+    patterns in ``exclude``, and it is no gate: what chooses among experts, or weighs a shared one, is small and decides
+    much. A block whose linears are all excluded is present with an empty dictionary.
 
     Raises:
         ModelError: nothing is left to compress, or a pattern matches no linear.
@@ -56,13 +58,33 @@ def linears_by_block(model: PreTrainedModel, exclude: Iterable[str] = ()) -> dic
     every: dict[str, dict[str, nn.Linear]] = {}
     for index, block in enumerate(blocks):
         layer = f"{prefix}.{index}"
-        every[layer] = {f"{layer}.{name}": part for name, part in block.named_modules() if type(part) is nn.Linear}
+        gates = gates_of(block)
+        every[layer] = {
+            f"{layer}.{name}": part
+            for name, part in block.named_modules()
+            if type(part) is nn.Linear and name not in gates
+        }
     matched = {name: [p for p in patterns if fnmatchcase(name, p)] for linears in every.values() for name in linears}
     _check_selection(f"{prefix} of {type(model).__name__}", patterns, matched)
     return {
         layer: {name: linear for name, linear in linears.items() if not matched[name]}
         for layer, linears in every.items()
     }
+
+
+def gates_of(block: nn.Module) -> set[str]:
+    """Names of the linears of ``block`` that stand beside experts and have an output for each of them, or one output."""
+    found = set()
+    for name, module in block.named_modules():
+        if not isinstance(module, ExpertLinears):
+            continue
+        parent, _, _ = name.rpartition(".")
+        holder = block.get_submodule(parent)
+        for other, part in holder.named_modules():
+            inside = other.startswith(f"{name.removeprefix(parent).lstrip('.')}.")
+            if isinstance(part, nn.Linear) and not inside and part.out_features in (1, len(module)):
+                found.add(f"{parent}.{other}" if parent else other)
+    return found
 
 
 def _check_selection(place: str, patterns: list[str], matched: dict[str, list[str]]) -> None:
