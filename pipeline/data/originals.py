@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from pipeline.config.sections import Model, Prepare
 from pipeline.data.fetching import fetch, first_line
 from pipeline.runtime.artifacts import digest, files_sha256, read_json, require_model, write_json
+from spectrim.compression.probe import probe
 from spectrim.errors import DataError, ModelError, SourceError
 from spectrim.maths.perturbation import perturbed
-from spectrim.models.experts import Slice
-from spectrim.models.linearise import linearise
-from spectrim.models.modules import compressible_linears, decoder_blocks
+from spectrim.models.linearise import matrices_of, shares
+from spectrim.models.modules import UNCALLED
 
 if TYPE_CHECKING:
     import torch
@@ -90,16 +90,20 @@ def write_prepared(source: Model, settings: Prepare, commit: str | None, folder:
     tokenizer = original_tokenizer(fetched.path)
     model = load_original(fetched.path, getattr(torch, settings.stored_dtype))
     check_vocabulary(model, tokenizer)
-    sources, reached = _matrices(model)
+    matrices = matrices_of(model)  # raises here rather than two stages later
     if settings.perturb:
         generator = torch.Generator().manual_seed(0)
-        for source in sources:
-            weight = source.of(model.get_parameter(source.name).data)
+        for place in matrices.values():
+            weight = place.of(model.get_parameter(place.name).data)
             weight.copy_(perturbed(weight, settings.perturb, generator))
     model.save_pretrained(folder, save_original_format=False)  # under the names that its modules have
     tokenizer.save_pretrained(folder)
     # save_pretrained notes the dtype of the file; from_pretrained computes in the one noted here
-    write_json(folder / "config.json", read_json(folder / "config.json") | {"dtype": settings.load_dtype})
+    config = read_json(folder / "config.json") | {"dtype": settings.load_dtype}
+    write_json(folder / "config.json", config)
+    uncalled = probe(folder)
+    if uncalled:
+        write_json(folder / "config.json", config | {UNCALLED: uncalled})
     hashes = files_sha256(folder)
     facts = {
         "source": source.source,
@@ -109,30 +113,11 @@ def write_prepared(source: Model, settings: Prepare, commit: str | None, folder:
         "load_dtype": settings.load_dtype,
         "perturb": settings.perturb,
         "n_parameters": model.num_parameters(),
-        "compressible": reached,
+        "reach": shares(model, [place for name, place in matrices.items() if name not in uncalled]),
         "files": hashes,
         "model_sha256": digest({name: value for name, value in hashes.items() if name.endswith(".safetensors")}),
     }
     write_json(folder / "prepare.json", facts)
-
-
-def _matrices(model: "PreTrainedModel") -> tuple[list[Slice], dict[str, float]]:
-    """Where the weights of all compressible linears are, and their share of all parameters and of the blocks'.
-
-    Raises:
-        ModelError: there is none, two stages before anything needs it.
-    """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        linears_only = type(model)(model.config)
-    known = linearise(linears_only)
-    linears = compressible_linears(linears_only)
-    count = sum(linear.weight.numel() for linear in linears.values())
-    in_blocks = sum(parameter.numel() for parameter in decoder_blocks(linears_only)[1].parameters())
-    names = [f"{name}.weight" for name in linears]
-    shares = {"of_parameters": count / model.num_parameters(), "of_blocks": count / in_blocks}
-    return [known.get(name, Slice(name)) for name in names], shares
 
 
 def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:

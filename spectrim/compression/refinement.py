@@ -35,7 +35,7 @@ from spectrim.maths.residual import RoundedWeight
 from spectrim.maths.sampling import in_rounds
 from spectrim.maths.schedule import BETAS, course
 from spectrim.maths.two_sided_rounding import Stepped
-from spectrim.models.blocks import logits
+from spectrim.models.blocks import arity, logits
 from spectrim.models.modules import block_vectors, decoder_blocks, replace
 
 if TYPE_CHECKING:  # importing it takes seconds, and a result of the store needs no model
@@ -162,8 +162,8 @@ class StoredTraining:
         tokens, expected = self.windows[chosen].to(device), self.expected[chosen].to(device)
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            hidden, as_tuple = leaving(self.model, tokens)
-            loss, gradient = self.loss_and_gradient(tokens, expected, hidden.detach(), as_tuple)
+            hidden, n_returned = leaving(self.model, tokens)
+            loss, gradient = self.loss_and_gradient(tokens, expected, hidden.detach(), n_returned)
         if not math.isfinite(loss):
             raise NumericalError(f"refinement step {self.step}: the loss is {loss}; lower refinement.learning_rate")
         hidden.backward(gradient)
@@ -175,7 +175,7 @@ class StoredTraining:
         return loss
 
     def loss_and_gradient(
-        self, tokens: Tensor, expected: Tensor, hidden: Tensor, as_tuple: bool
+        self, tokens: Tensor, expected: Tensor, hidden: Tensor, n_returned: int
     ) -> tuple[float, Tensor]:
         """mean_t λ KL(p_t ‖ q_t) + mean_t (1 − λ) (−log q_t[x_{t+1}]) and its gradient by ``hidden``.
 
@@ -184,17 +184,17 @@ class StoredTraining:
         Args:
             tokens: (batch, seq).
             expected, hidden: what leaves the last block of the dense and of the compressed model, (batch, seq, hidden).
-            as_tuple: see ``blocks.logits``.
+            n_returned: see ``blocks.logits``.
         """
         leaf, seq_len, total = hidden.requires_grad_(), hidden.shape[1], 0.0
         for start in range(0, seq_len, POSITIONS):
             part = slice(start, start + POSITIONS)
             following = tokens[:, start + 1 : start + 1 + POSITIONS]
-            predicted = logits(self.model, self._blocks, tokens[:, part], leaf[:, part], as_tuple)
+            predicted = logits(self.model, self._blocks, tokens[:, part], leaf[:, part], n_returned)
             loss = predicted.new_zeros((), dtype=torch.float32)
             if self.kl_weight:
                 with torch.no_grad():
-                    teacher = logits(self.model, self._blocks, tokens[:, part], expected[:, part], as_tuple)
+                    teacher = logits(self.model, self._blocks, tokens[:, part], expected[:, part], n_returned)
                 loss = loss + self.kl_weight * predicted.shape[1] / seq_len * divergence(predicted, teacher)
             if self.kl_weight < 1 and following.shape[1]:
                 share = following.shape[1] / (seq_len - 1)
@@ -266,13 +266,13 @@ class StoredTraining:
         return [(parts, rate) for parts, rate in found if parts]
 
 
-def leaving(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, bool]:
-    """What leaves the last block for tokens (batch, seq), (batch, seq, hidden), and whether blocks return tuples."""
+def leaving(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, int]:
+    """What leaves the last block for tokens (batch, seq), (batch, seq, hidden), and how many values a block returns."""
     left: list[Any] = []
     handle = decoder_blocks(model)[1][-1].register_forward_hook(lambda module, args, output: left.append(output))
     try:
         model.base_model(input_ids=tokens, use_cache=False)
     finally:
         handle.remove()
-    as_tuple = isinstance(left[0], tuple)
-    return (left[0][0] if as_tuple else left[0]), as_tuple
+    n_returned = arity(left[0])
+    return (left[0][0] if n_returned else left[0]), n_returned

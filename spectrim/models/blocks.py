@@ -58,7 +58,7 @@ class BlockModel:
         self.linears = list(linears_by_block(self.model, exclude).values())
         self._files = _weight_files(self.folder)
         self._calls: dict[tuple[int, ...], list[Call]] = {}
-        self._tuple_output: bool | None = None
+        self._arity: int | None = None
         for name, buffer in list(self.model.named_buffers()):
             if buffer.device.type != "meta":
                 set_module_tensor_to_device(self.model, name, self.device, buffer)
@@ -73,7 +73,7 @@ class BlockModel:
             raise ModelError(
                 f"{self.folder}: no weights for {missing[0]} ({len(missing)} tensors); save the model again"
             )
-        self._returns_tuple()  # now: later it would run block 0 inside a caller's hooks and drop its weights
+        self._returned()  # now: later it would run block 0 inside a caller's hooks and drop its weights
 
     @contextmanager
     def resident(self, index: int) -> Iterator[nn.Module]:
@@ -123,16 +123,16 @@ class BlockModel:
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Hidden states that leave the last block -> logits (batch, seq, vocabulary); differentiable."""
-        return logits(self.model, self.blocks, tokens.to(self.device), hidden, self._returns_tuple())
+        return logits(self.model, self.blocks, tokens.to(self.device), hidden, self._returned())
 
     def _call(self, index: int, shape: tuple[int, int]) -> Call:
         if shape not in self._calls:  # depends on the shape alone: positions and masks, never on the tokens
             self.embed(torch.zeros(shape, dtype=torch.long))
         return self._calls[shape][index]
 
-    def _returns_tuple(self) -> bool:
-        """Whether blocks return (hidden, ...): seen on a real one-token call, since stubs must return the same."""
-        if self._tuple_output is None:
+    def _returned(self) -> int:
+        """How many values blocks return, see ``arity``: seen on a real one-token call, since stubs must return as many."""
+        if self._arity is None:
             kept: list[Any] = []
             first = self.blocks[0]
 
@@ -152,11 +152,11 @@ class BlockModel:
                     pass
                 finally:
                     del first.forward
-            self._tuple_output = isinstance(kept[0], tuple)
-        return self._tuple_output
+            self._arity = arity(kept[0])
+        return self._arity
 
     def _stubbed(self, stub: Any) -> AbstractContextManager[None]:
-        return stubbed(self.blocks, stub, self._returns_tuple())
+        return stubbed(self.blocks, stub, self._returned())
 
     def _load(self, names: Iterable[str]) -> None:
         for name, value in self._read(names):
@@ -215,13 +215,13 @@ def factored(linears: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -
 
 
 @contextmanager
-def stubbed(blocks: Iterable[nn.Module], stub: Any, as_tuple: bool) -> Iterator[None]:
+def stubbed(blocks: Iterable[nn.Module], stub: Any, n_returned: int) -> Iterator[None]:
     """Let every block return ``stub(index, hidden, args, kwargs)`` for the length of the ``with``."""
 
     def forward_of(index: int) -> Any:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             out = stub(index, hidden_states, args, kwargs)
-            return (out,) if as_tuple else out
+            return (out, *[None] * (n_returned - 1)) if n_returned else out
 
         return forward
 
@@ -237,19 +237,24 @@ def stubbed(blocks: Iterable[nn.Module], stub: Any, as_tuple: bool) -> Iterator[
                 block.forward = before
 
 
-def logits(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor, as_tuple: bool) -> Tensor:
+def arity(returned: Any) -> int:
+    """0 of hidden states alone, the length of a tuple (hidden, ...)."""
+    return len(returned) if isinstance(returned, tuple) else 0
+
+
+def logits(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor, n_returned: int) -> Tensor:
     """What ``model`` makes of the hidden states (batch, seq, hidden) that leave its last block; differentiable.
 
     Args:
         tokens: (batch, seq) int64 of that shape; what they are does not matter.
-        as_tuple: whether the blocks of this model return (hidden, ...).
+        n_returned: ``arity`` of what the blocks of this model return.
     """
     last = len(blocks) - 1
 
     def stub(index: int, entered: Tensor, *_: Any) -> Tensor:
         return hidden if index == last else entered
 
-    with stubbed(blocks, stub, as_tuple):
+    with stubbed(blocks, stub, n_returned):
         return model(input_ids=tokens, use_cache=False).logits
 
 

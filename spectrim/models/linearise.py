@@ -8,9 +8,12 @@ The rest of Spectrim knows ``nn.Linear`` alone. What a linear's tensors are in t
 by a ``Slice`` each, so that blocks can still be read one by one.
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -18,6 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectrim.models.experts import ExpertLinears, Slice, is_experts
+from spectrim.models.modules import compressible_linears, decoder_blocks
+
+if TYPE_CHECKING:  # loading.py imports this file while transformers itself is being imported
+    from transformers import PreTrainedModel
 
 
 def linearise(model: nn.Module) -> dict[str, Slice]:
@@ -37,6 +44,28 @@ def linearise(model: nn.Module) -> dict[str, Slice]:
         elif type(module) is not nn.Linear and isinstance(module, nn.Linear) and behaves_as_linear(type(module)):
             model.set_submodule(name, _linear(module.weight, module.bias))
     return found
+
+
+def matrices_of(model: PreTrainedModel) -> dict[str, Slice]:
+    """Name of every compressible linear that ``linearise`` would make -> where ``model``, left as it is, has its weight.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        twin = type(model)(model.config)
+    found = linearise(twin)
+    weights = {name: f"{name}.weight" for name in compressible_linears(twin)}
+    return {name: found.get(weight, Slice(weight)) for name, weight in weights.items()}
+
+
+def shares(model: PreTrainedModel, matrices: Iterable[Slice]) -> dict[str, float]:
+    """How much of all parameters, and of those in the decoder blocks, is in ``matrices``, of ``matrices_of``."""
+    count = sum(part.of(model.get_parameter(part.name)).numel() for part in matrices)
+    in_blocks = sum(parameter.numel() for parameter in decoder_blocks(model)[1].parameters())
+    return {"of_parameters": count / model.num_parameters(), "of_blocks": count / in_blocks}
 
 
 def sources_of(folder: Path) -> dict[str, Slice]:
@@ -92,4 +121,3 @@ def _linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
     linear.bias = bias
     return linear
-

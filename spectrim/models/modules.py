@@ -19,6 +19,10 @@ if TYPE_CHECKING:  # spectrim/__init__.py loads this file while transformers its
     from transformers import PreTrainedModel
 
 
+UNCALLED = "spectrim_uncalled"
+"""Where the configuration of a prepared model lists the linears whose weights its blocks read without calling them."""
+
+
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The name and the list of the model's decoder blocks, such as ``("model.layers", ModuleList)``.
 
@@ -47,8 +51,9 @@ def linears_by_block(model: PreTrainedModel, exclude: Iterable[str] = ()) -> dic
     """The compressible linears of every decoder block: block name -> linear name -> linear, in the model's order.
 
     A linear is compressible when it is an ``nn.Linear`` inside a decoder block, its name matches none of the shell
-    patterns in ``exclude``, and it is no gate: what chooses among experts, or weighs a shared one, is small and decides
-    much. A block whose linears are all excluded is present with an empty dictionary.
+    patterns in ``exclude``, it is no gate, for what chooses among experts, or weighs a shared one, is small and decides
+    much, and ``config.json`` does not list it under UNCALLED. A block whose linears are all excluded is present with an
+    empty dictionary.
 
     Raises:
         ModelError: nothing is left to compress, or a pattern matches no linear.
@@ -58,12 +63,9 @@ def linears_by_block(model: PreTrainedModel, exclude: Iterable[str] = ()) -> dic
     every: dict[str, dict[str, nn.Linear]] = {}
     for index, block in enumerate(blocks):
         layer = f"{prefix}.{index}"
-        gates = gates_of(block)
-        every[layer] = {
-            f"{layer}.{name}": part
-            for name, part in block.named_modules()
-            if type(part) is nn.Linear and name not in gates
-        }
+        dense = {f"{layer}.{name}" for name in gates_of(block)}.union(getattr(model.config, UNCALLED, ()))
+        parts = {f"{layer}.{name}": part for name, part in block.named_modules() if type(part) is nn.Linear}
+        every[layer] = {name: part for name, part in parts.items() if name not in dense}
     matched = {name: [p for p in patterns if fnmatchcase(name, p)] for linears in every.values() for name in linears}
     _check_selection(f"{prefix} of {type(model).__name__}", patterns, matched)
     return {

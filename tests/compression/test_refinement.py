@@ -70,8 +70,8 @@ def test_the_loss_in_parts_is_that_of_the_whole_logits(
     monkeypatch.setattr(refinement_module, "POSITIONS", positions)
     run, dense = refinement(family, kl_weight=kl_weight), tiny.model(family)
     tokens = WINDOWS[:2]
-    hidden, as_tuple = leaving(run.model, tokens)
-    found, gradient = run.loss_and_gradient(tokens, run.expected[:2], hidden.detach(), as_tuple)
+    hidden, n_returned = leaving(run.model, tokens)
+    found, gradient = run.loss_and_gradient(tokens, run.expected[:2], hidden.detach(), n_returned)
     teacher, student = (model(input_ids=tokens, use_cache=False).logits for model in (dense, run.model))
     assert found == pytest.approx(
         reference.distillation_loss(student.detach(), teacher.detach(), tokens, kl_weight), abs=1e-5
