@@ -56,10 +56,12 @@ def main(
     wanted.behaviour(compressed, remap, identity, read_json(artifact("sources", "tasks.json")), COMPRESSED)
     wanted.perplexities(compressed, identity, texts, COMPRESSED)
     found = wanted.run()[COMPRESSED]
+    about = read_json(remap / "spectrim.json")
     measured = metrics.collect(
         target_ratio=params.compression.ratio,
         stored=read_bytes(remap),
-        matrices=read_json(remap / "spectrim.json")["matrices"],
+        model=about["provenance"]["model"],
+        matrices=about["matrices"],
         baseline=baseline,
         perplexity=found["perplexity"],
         tasks=found["tasks"],

@@ -15,8 +15,8 @@ from pipeline.runtime.artifacts import digest, files_sha256, read_json, require_
 from spectrim.compression.probe import probe
 from spectrim.errors import DataError, ModelError, SourceError
 from spectrim.maths.perturbation import perturbed
-from spectrim.models.linearise import matrices_of, shares
-from spectrim.models.modules import UNCALLED
+from spectrim.models.linearise import matrices_of
+from spectrim.models.modules import UNCALLED, decoder_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 # what transformers and gguf let through for files that are cut, damaged or something else
 UNREADABLE = (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error, SafetensorError)
-
 
 def original_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder or a .gguf file. Raises SourceError when there is none."""
@@ -113,9 +112,10 @@ def write_prepared(source: Model, settings: Prepare, commit: str | None, folder:
         "load_dtype": settings.load_dtype,
         "perturb": settings.perturb,
         "n_parameters": model.num_parameters(),
-        "reach": shares(model, [place for name, place in matrices.items() if name not in uncalled]),
+        "n_block_parameters": sum(part.numel() for part in decoder_blocks(model)[1].parameters()),
         "files": hashes,
-        "model_sha256": digest({name: value for name, value in hashes.items() if name.endswith(".safetensors")}),
+        # of what says what the model computes: the weights, and the configuration with its dtype
+        "model_sha256": digest({n: h for n, h in hashes.items() if n == "config.json" or n.endswith(".safetensors")}),
     }
     write_json(folder / "prepare.json", facts)
 

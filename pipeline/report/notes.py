@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 _GGUF_QUANTIZATION = re.compile(r"(?:^|[._-])(?P<type>I?Q\d\w*)\.gguf$", re.IGNORECASE)
 
+ENOUGH_REACHED = 0.9
+"""Share of the blocks' parameters from which on the report does not speak of the rest."""
+
 
 def verdict(metrics: Metrics) -> str | None:
     """The sentence that says when plain quantization is both smaller and better on every text; None when it is not."""
@@ -28,6 +31,18 @@ def verdict(metrics: Metrics) -> str | None:
     return (
         f"Plain quantization is smaller and at least as good here: {' and '.join(better)}, "
         f"against {ratio:.3f} of the bytes and {ours} for this checkpoint."
+    )
+
+
+def reach_note(metrics: Metrics) -> str | None:
+    """What compression does not reach, where that is more than a tenth of the blocks; None where it is less."""
+    reach = metrics["reach"]
+    if reach["of_blocks"] >= ENOUGH_REACHED:
+        return None
+    return (
+        f"The linears that are compressed hold {100 * reach['of_blocks']:.1f} % of the parameters in the decoder blocks "
+        f"and {100 * reach['of_parameters']:.1f} % of all. The rest stays as it was, and the ratio does not count it: "
+        "compare whole files."
     )
 
 

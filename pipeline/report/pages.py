@@ -152,6 +152,7 @@ def _text(
         "subtitle": _subtitle(params, ranks),
         "headlines": tables.headlines(metrics),
         "perplexity": tables.perplexity_table(metrics),
+        "reach_note": notes.reach_note(metrics),
         "verdict": notes.verdict(metrics),
         "caveat": notes.caveat(params.model.source, params.prepare.perturb),
         "n_matrices": len(found),

@@ -85,6 +85,11 @@ def headlines(metrics: Metrics) -> list[Headline]:
             f"{megabytes(linears)} of {megabytes(dense)} in the file; asked for {100 * metrics['ratio']['target']:g} %",
         ),
         Headline(
+            "Whole file",
+            f"{100 * metrics['bytes']['file'] / metrics['bytes']['dense_file_16bit']:.1f} %",
+            f"{megabytes(metrics['bytes']['file'])} of {megabytes(metrics['bytes']['dense_file_16bit'])}",
+        ),
+        Headline(
             "Linear weights in memory",
             f"{100 * metrics['ratio']['memory']:.1f} %",
             f"{megabytes(metrics['bytes']['memory'])} of {megabytes(dense)}",

@@ -17,6 +17,7 @@ def collect(
     *,
     target_ratio: float,
     stored: Mapping[str, Any],
+    model: Mapping[str, int],
     matrices: Mapping[str, Mapping[str, Any]],
     baseline: Mapping[str, Any],
     perplexity: Mapping[str, Mapping[str, Any]],
@@ -28,15 +29,24 @@ def collect(
     Args:
         target_ratio: compression.ratio.
         stored: what ``spectrim.checkpoint.layout.read_bytes`` found in the file.
+        model: n_parameters and n_block_parameters of the dense model.
         matrices: the table of the checkpoint's spectrim.json.
         baseline: the content of artifacts/baseline/baseline.json.
         perplexity: text -> ``TextPerplexity`` of the compressed model, on the texts of ``baseline``.
         tasks: task -> ``Score`` of the compressed model, on the tasks of ``baseline``.
         generation: what the compressed model wrote.
     """
+    n_reached = stored["dense_linears_16bit"] // 2
     found = {
+        "reach": {
+            "of_parameters": n_reached / model["n_parameters"],
+            "of_blocks": n_reached / model["n_block_parameters"],
+        },
         "ratio": {"target": target_ratio, "file": stored["ratio"], "memory": stored["memory_ratio"]},
-        "bytes": {name: stored[name] for name in ("file", "linears", "memory", "dense_linears_16bit")},
+        "bytes": {
+            "dense_file_16bit": 2 * model["n_parameters"],
+            **{name: stored[name] for name in ("file", "linears", "memory", "dense_linears_16bit")},
+        },
         "multiply_adds": {"dense": stored["dense_linears_16bit"] // 2, "compressed": stored["multiply_adds"]},
         "pivoting": pivoting(matrices),
         "perplexity": {

@@ -142,7 +142,8 @@ def _require_equal(model: Any, when: str, found: Tensor, expected: Tensor, cause
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+    largest = expected.float().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((found.float() - expected.float()).abs().max() / largest)
 
 
 def _called(model: Any) -> str:

@@ -10,7 +10,7 @@ by a ``Slice`` each, so that blocks can still be read one by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectrim.models.experts import ExpertLinears, Slice, is_experts
-from spectrim.models.modules import compressible_linears, decoder_blocks
+from spectrim.models.modules import compressible_linears
 
 if TYPE_CHECKING:  # loading.py imports this file while transformers itself is being imported
     from transformers import PreTrainedModel
@@ -59,13 +59,6 @@ def matrices_of(model: PreTrainedModel) -> dict[str, Slice]:
     found = linearise(twin)
     weights = {name: f"{name}.weight" for name in compressible_linears(twin)}
     return {name: found.get(weight, Slice(weight)) for name, weight in weights.items()}
-
-
-def shares(model: PreTrainedModel, matrices: Iterable[Slice]) -> dict[str, float]:
-    """How much of all parameters, and of those in the decoder blocks, is in ``matrices``, of ``matrices_of``."""
-    count = sum(part.of(model.get_parameter(part.name)).numel() for part in matrices)
-    in_blocks = sum(parameter.numel() for parameter in decoder_blocks(model)[1].parameters())
-    return {"of_parameters": count / model.num_parameters(), "of_blocks": count / in_blocks}
 
 
 def sources_of(folder: Path) -> dict[str, Slice]:

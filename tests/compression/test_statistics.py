@@ -19,17 +19,19 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def stream(folder: Path, batch_size: int = 2) -> tuple[BlockModel, list[dict], list[dict], list[torch.Tensor]]:
+def stream(
+    folder: Path, batch_size: int = 2, tokens: torch.Tensor = TOKENS
+) -> tuple[BlockModel, list[dict], list[dict], list[torch.Tensor]]:
     """Statistics of every block, which linear reads which input, and what enters each block."""
     model = BlockModel(folder)
-    hidden = [model.embed(TOKENS)]
+    hidden = [model.embed(tokens)]
     statistics, owners = [], []
     for index in range(len(model.names)):
         tensors, reads, output = captured.input_statistics(model, index, hidden[index], batch_size)
         statistics.append(tensors)
         owners.append(reads)
         hidden.append(output)
-    gradient = captured.loss_gradient(model, TOKENS, hidden[-1])
+    gradient = captured.loss_gradient(model, tokens, hidden[-1])
     for index in reversed(range(len(model.names))):
         tensors, gradient = captured.gradient_statistics(model, index, hidden[index], gradient, batch_size)
         statistics[index] |= tensors
