@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 # quantization that transformers takes back at loading -> the method that it does so by
-DEQUANTIZED: dict[str, str] = {}
+DEQUANTIZED = {"fp8": "fp8_blocks", "mxfp4": "mxfp4"}
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ def quantization(folder: Path, config: "PreTrainedConfig") -> dict[str, Any] | N
     of_bitsandbytes = any(key.startswith(("load_in_", "bnb_")) for key in found)
     method = found.get("quant_method") or ("bitsandbytes" if of_bitsandbytes else "an unnamed method")
     if method not in DEQUANTIZED:
-        raise ModelError(f"{folder}: compressed with {method}; give the original weights")
+        raise ModelError(
+            f"{folder}: compressed with {method}; give the original weights, or such in {' or '.join(DEQUANTIZED)}"
+        )
     return {**found, "quant_method": DEQUANTIZED[method], "dequantize": True}
 
 

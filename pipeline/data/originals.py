@@ -61,11 +61,11 @@ def _check_vocabulary_file(folder: Path, tokenizer: "PreTrainedTokenizerBase") -
 def load_original(path: Path, dtype: "torch.dtype") -> "PreTrainedModel":
     """The model of a folder (safetensors, or .bin files of tensors alone) or of a .gguf file, weights in ``dtype``.
 
-    Those of a .gguf file are dequantized.
+    Weights in fp8 or mxfp4, and those of a .gguf file, are dequantized.
 
     Raises:
         SourceError: not a model that transformers can read, or not whole.
-        ModelError: of a kind that is not supported, compressed already, weights missing from or unknown to
+        ModelError: of a kind that is not supported, compressed by another method, weights missing from or unknown to
             the architecture, or not finite in ``dtype``.
     """
     import transformers
@@ -113,6 +113,8 @@ def _folder_options(folder: Path) -> tuple[str, dict[str, Any]]:
         ) from error
     loader = loader_of(folder, config, written.get("architectures"))
     if plain := quantization(folder, config):
+        from pipeline.data import fp8_blocks  # noqa: F401  (registers its method)
+
         config.quantization_config = plain
     safe = weight_files(folder)[0].suffix == ".safetensors"
     return loader, {"config": config, "use_safetensors": safe}
@@ -226,6 +228,8 @@ def _check_finite(model: "PreTrainedModel") -> None:
     import torch
 
     for name, weight in model.named_parameters():
+        if weight.dtype.itemsize == 1:
+            raise ModelError(f"{name}: stays in {weight.dtype}, its scales are not in the file; give a complete model")
         finite = torch.isfinite(weight)
         if not finite.all():
             bad = weight.numel() - int(finite.sum())
