@@ -101,3 +101,16 @@ def test_the_weights_that_are_fetched(
     monkeypatch.setattr(Hub, "files", {*TEXT, *BESIDE, *weights})
     assert set(run(FETCH, tmp_path, HF_ENDPOINT=endpoint).split()) == {*TEXT, *fetched}
     assert set(run(FETCH, tmp_path, HF_HUB_OFFLINE="1").split()) == {*TEXT, *fetched}, "from the hub's own cache"
+
+
+def test_a_fetched_revision_is_known_without_the_hub(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hub, "files", {*TEXT, *BESIDE, "model.safetensors"})
+    run(FETCH, tmp_path, HF_ENDPOINT=endpoint)
+    ask = (
+        "from pathlib import Path\nfrom pipeline.data.identity import Sources\n"
+        f"sources = Sources(Path({str(tmp_path / 'none.json')!r}))\n"
+        "print(sources.of('hf:org/name@main', None, 'model', 'model')['commit'])"
+    )
+    assert run(ask, tmp_path, HF_HUB_OFFLINE="1").split() == [COMMIT]
