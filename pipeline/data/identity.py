@@ -133,7 +133,9 @@ def _cached(hub: Hub, kind: Literal["model", "dataset"]) -> str | None:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(hub.repository, repo_type=kind, revision=hub.revision, local_files_only=True)
+        folder = snapshot_download(
+            hub.repository, repo_type=kind, revision=hub.revision, local_files_only=True, allow_patterns=[]
+        )  # no file is asked for: the hub's own count of a repository is never complete here
     except Exception:  # nothing there, in whatever words
         return None
     return Path(folder).name

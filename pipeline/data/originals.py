@@ -1,6 +1,7 @@
 """A model in the Hugging Face layout or in a .gguf file -> the model and its tokenizer, whole or not at all.
 
-transformers only warns about weights that a file lacks, and draws them at random: here that is an error.
+transformers only warns about weights that a file lacks, and draws them at random: here that is an error. What a folder
+holds is looked at first, in model_kinds.py and model_files.py, so that a refusal says what was found.
 """
 
 import struct
@@ -11,9 +12,11 @@ from safetensors import SafetensorError
 
 from pipeline.config.sections import Model, Prepare
 from pipeline.data.fetching import fetch, first_line
+from pipeline.data.model_files import weight_files
+from pipeline.data.model_kinds import loader_of, quantization, read_config
 from pipeline.runtime.artifacts import digest, files_sha256, read_json, require_model, write_json
 from spectrim.compression.probe import probe
-from spectrim.errors import DataError, ModelError, SourceError
+from spectrim.errors import DataError, ModelError, SourceError, StorageError
 from spectrim.maths.perturbation import perturbed
 from spectrim.models.linearise import matrices_of
 from spectrim.models.modules import UNCALLED, decoder_blocks
@@ -22,56 +25,120 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# what transformers and gguf let through for files that are cut, damaged or something else
-UNREADABLE = (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error, SafetensorError)
+# what transformers and gguf let through for files that are cut, damaged or something else, and for scales that do not
+# fit their weights
+UNREADABLE = (OSError, ValueError, KeyError, IndexError, RuntimeError, struct.error, SafetensorError)
 
 def original_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder or a .gguf file. Raises SourceError when there is none."""
     from transformers import AutoTokenizer
 
+    location = _location(path)
     try:
-        return AutoTokenizer.from_pretrained(**_location(path), trust_remote_code=False)
-    except UNREADABLE as error:
+        tokenizer = AutoTokenizer.from_pretrained(**location, trust_remote_code=False)
+        if path.is_dir():
+            _check_vocabulary_file(path, tokenizer)
+        return tokenizer
+    except Exception as error:  # tokenizers raises nothing more special
+        if path.is_dir():
+            _folder_options(path)  # where the model itself is refused, that says more
         raise SourceError(
-            f"{path}: no tokenizer that transformers can read ({first_line(error)}); get it whole"
+            f"{path}: no tokenizer that transformers can read ({first_line(error)}); {_remedy(path, 'tokenizer.json')}"
         ) from error
 
 
+def _check_vocabulary_file(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise ValueError without one: transformers makes a tokenizer with no words then, for some classes."""
+    needed = sorted(set(tokenizer.vocab_files_names.values()))  # none: it reads bytes
+    found = {
+        file.name for pattern in (*needed, "tokenizer*.json", "*.model", "tekken.json") for file in folder.glob(pattern)
+    }
+    if needed and not found - {"tokenizer_config.json"}:
+        raise ValueError(f"there is no {' or '.join(needed)}")
+
+
 def load_original(path: Path, dtype: "torch.dtype") -> "PreTrainedModel":
-    """The causal language model of a folder (safetensors) or a .gguf file (dequantized), all weights in ``dtype``.
+    """The model of a folder (safetensors, or .bin files of tensors alone) or of a .gguf file, weights in ``dtype``.
+
+    Weights in fp8 or mxfp4, and those of a .gguf file, are dequantized.
 
     Raises:
-        SourceError: not a model that transformers can read.
-        ModelError: weights missing from or unknown to the architecture, already quantized, or not finite in ``dtype``.
+        SourceError: not a model that transformers can read, or not whole.
+        ModelError: of a kind that is not supported, compressed by another method, weights missing from or unknown to
+            the architecture, or not finite in ``dtype``.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+    import transformers
 
-    location: dict[str, Any] = _location(path)
+    options = _location(path)
+    loader, more = _folder_options(path) if path.is_dir() else ("AutoModelForCausalLM", _gguf_options())
     try:
-        if "gguf_file" in location:
-            location["quantization_config"] = GgufConfig(dequantize=True)
-        elif quantized := getattr(
-            AutoConfig.from_pretrained(path, trust_remote_code=False), "quantization_config", None
-        ):
-            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
-            raise ModelError(f"{path}: already compressed with {method}; give the original weights")
-        else:
-            location["use_safetensors"] = True
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **location,
+        loaded: Any = getattr(transformers, loader).from_pretrained(
+            **options,
+            **more,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with the name
+            weights_only=True,
             trust_remote_code=False,
         )
     except UNREADABLE as error:
         raise SourceError(
-            f"{path}: not a language model that transformers can read ({first_line(error)}); get it whole"
+            f"{path}: not a model that transformers {transformers.__version__} can load ({first_line(error)}); "
+            f"{_remedy(path, 'weights that fit config.json')}"
         ) from error
     model, info = loaded
     _check_complete(path, model, info)
     _check_finite(model)
     return model
+
+
+def _gguf_options() -> dict[str, Any]:
+    from transformers import GgufConfig
+
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _folder_options(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The auto class for the model in ``folder``, and what it is told besides; raises as ``load_original`` does."""
+    from transformers import AutoConfig
+
+    written = read_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the classes of configurations check their values in ways of their own
+        raise SourceError(
+            f"{folder / 'config.json'}: not a configuration of {written['model_type']} "
+            f"({' '.join(str(error).split())}); correct it"
+        ) from error
+    loader = loader_of(folder, config, written.get("architectures"))
+    if plain := quantization(folder, config):
+        from pipeline.data import fp8_blocks  # noqa: F401  (registers its method)
+
+        config.quantization_config = plain
+    safe = weight_files(folder)[0].suffix == ".safetensors"
+    return loader, {"config": config, "use_safetensors": safe}
+
+
+def _remedy(path: Path, required: str) -> str:
+    """What to do about a model that transformers does not read: only what is damaged is had again."""
+    from gguf import GGUFReader
+
+    if path.is_dir():
+        damaged = next((file.name for file in sorted(path.glob("*.json")) if not _is_json(file)), None)
+        return f"{damaged} is damaged, get it whole" if damaged else f"give a folder with {required}"
+    try:
+        GGUFReader(path)
+    except Exception:  # it reads the bytes as they come: anything may be raised
+        return "it is not a whole GGUF file; get it whole"
+    return "give a GGUF file of an architecture that it knows"
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        read_json(file)
+    except StorageError:
+        return False
+    return True
 
 
 def write_prepared(source: Model, settings: Prepare, commit: str | None, folder: Path) -> None:
@@ -161,6 +228,8 @@ def _check_finite(model: "PreTrainedModel") -> None:
     import torch
 
     for name, weight in model.named_parameters():
+        if weight.dtype.itemsize == 1:
+            raise ModelError(f"{name}: stays in {weight.dtype}, its scales are not in the file; give a complete model")
         finite = torch.isfinite(weight)
         if not finite.all():
             bad = weight.numel() - int(finite.sum())
