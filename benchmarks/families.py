@@ -1,21 +1,23 @@
 """Every type that transformers has a causal language model for, in a size for tests: what works, what is refused.
 
-    python -m benchmarks.families [TYPE ...]
+    python -m benchmarks.families > docs/families.md
 
-Writes the rows of the table in docs/models.md: the type, what the probe of `prepare` says, the share of the blocks'
-parameters that compression reaches.
+Every model has random weights in a tiny size. The table says what the probe of `prepare` says, and which share of the
+blocks' parameters compression reaches.
 """
 
-import argparse
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
+import typer
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -26,6 +28,9 @@ from spectrim.models.modules import decoder_blocks
 
 LARGEST = 5_000_000
 """Parameters."""
+
+LONGEST = 160
+"""Characters of an outcome."""
 
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "dim", "word_embed_proj_dim"), 32),
@@ -140,21 +145,38 @@ def outcome(kind: str) -> tuple[str, float | None]:
             return str(error), None
 
 
-def main() -> None:
-    """Print a row for every type."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("types", metavar="TYPE", nargs="*", help="model types; all without any")
+HEAD = """# What works
+
+Every type that transformers {version} has a causal language model for, with random weights in a tiny size, as
+`python -m benchmarks.families` tries them: {counts}.
+
+A type works where the probe of `prepare` finds all that Spectrim assumes. "Reached" is the share of the parameters in
+the blocks that is compressed. What is not tried cannot be built in that size here.
+
+| type | outcome | reached |
+|---|---|---|"""
+
+
+def main(
+    types: Annotated[list[str] | None, typer.Argument(metavar="TYPE", help="Model types; all without any.")] = None,
+) -> None:
+    """Print the page."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for kind in parser.parse_args().types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    rows, counts = [], Counter[str]()
+    for kind in tqdm(types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), unit="type", disable=None):
         try:
             what, share = outcome(kind)
+            counts["works" if share is not None else "refused"] += 1
         except Exception as error:  # transformers cannot build it this small
             what, share = f"not tried: {type(error).__name__}: {error}", None
-        what = re.sub(r"\s+", " ", what)
-        print(f"| {kind} | {what} | {'–' if share is None else f'{share:.3f}'} |", flush=True)
+            counts["not tried"] += 1
+        text = re.sub(r"\s+", " ", what).replace("|", "\\|")
+        rows.append(f"| {kind} | {text[:LONGEST]} | {'–' if share is None else f'{share:.3f}'} |")
+    listed = ", ".join(f"{count} {what}" for what, count in counts.most_common())
+    print(HEAD.format(version=transformers.__version__, counts=listed), *rows, sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

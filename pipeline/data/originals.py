@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # fit their weights
 UNREADABLE = (OSError, ValueError, KeyError, IndexError, RuntimeError, struct.error, SafetensorError)
 
+
 def original_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder or a .gguf file. Raises SourceError when there is none."""
     from transformers import AutoTokenizer

@@ -40,8 +40,8 @@ def reach_note(metrics: Metrics) -> str | None:
     if reach["of_blocks"] >= ENOUGH_REACHED:
         return None
     return (
-        f"The linears that are compressed hold {100 * reach['of_blocks']:.1f} % of the parameters in the decoder blocks "
-        f"and {100 * reach['of_parameters']:.1f} % of all. The rest stays as it was, and the ratio does not count it: "
+        f"What is compressed holds {100 * reach['of_blocks']:.1f} % of the parameters in the decoder blocks and "
+        f"{100 * reach['of_parameters']:.1f} % of all. The rest stays as it was, and the ratio does not count it: "
         "compare whole files."
     )
 

@@ -56,7 +56,7 @@ def _random_tokens(model: Any) -> Iterator[Tensor]:
 
 
 def _walked(model: BlockModel, batches: list[Tensor], expected: list[Tensor]) -> list[str]:
-    """The linears that no block calls on the way of all batches through the blocks; their result must be ``expected``."""
+    """Linears that no block calls while all batches go through the blocks, whose logits must be ``expected``."""
     called: set[str] = set()
     for tokens, logits in zip(batches, expected, strict=True):
         try:
@@ -69,8 +69,8 @@ def _walked(model: BlockModel, batches: list[Tensor], expected: list[Tensor]) ->
             raise
         except Exception as error:  # whatever a model's own code raises when its blocks are called one by one
             raise ModelError(
-                f"{_called(model.model)}: cannot be walked block by block ({type(error).__name__}: {error}). Such a model "
-                "is not supported"
+                f"{_called(model.model)}: cannot be walked block by block ({type(error).__name__}: {error}). "
+                "Such a model is not supported"
             ) from error
         _require_equal(model.model, "walked block by block", found, logits)
     reached = {_of_all_experts(name) for name in called}
@@ -88,7 +88,9 @@ def _require_causal(model: Any, tokens: Tensor, expected: Tensor) -> None:
     other[:, -1] = (tokens[:, -1] + 1) % int(model.get_input_embeddings().weight.shape[0])
     found = model(input_ids=other, use_cache=False).logits
     if _difference(found[:, -1], expected[:, -1]) == 0:
-        raise ModelError(f"{_called(model)}: its prediction does not depend on the last token; the weights are unusable")
+        raise ModelError(
+            f"{_called(model)}: its prediction does not depend on the last token; the weights are unusable"
+        )
     _require_equal(
         model, "with another last token, before that token", found[:, :-1], expected[:, :-1],
         "a causal language model is required; this one looks ahead",
@@ -129,7 +131,8 @@ def _at_full_rank(linear: nn.Linear) -> nn.Module:
     weight = linear.weight
     unit = torch.eye(min(weight.shape), dtype=weight.dtype, device=weight.device)
     left, right = (weight, unit) if weight.shape[1] <= weight.shape[0] else (unit, weight.mT)
-    return kind_of("float16").from_tensors({"left": left, "weight": right}, "float16", *weight.shape, linear.bias)
+    out, in_ = weight.shape
+    return kind_of("float16").from_tensors({"left": left, "weight": right}, "float16", out, in_, linear.bias)
 
 
 def _require_equal(model: Any, when: str, found: Tensor, expected: Tensor, cause: str = "") -> None:

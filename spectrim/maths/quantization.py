@@ -182,7 +182,7 @@ def unpack(packed: Tensor, n_bits: int) -> Tensor:
 
 
 def _threes(device: torch.device) -> Tensor:
-    """All that 12 bits can be as four numbers of 3 bits: (4096,) int32, four int8 each. Made in less time than copied."""
+    """Each 12 bits as four numbers of 3 bits: (4096,) int32, four int8 each. Made in less time than copied."""
     digits = torch.arange(2**12, device=device).unsqueeze(1) >> torch.arange(0, 12, 3, device=device) & 7
     return ((digits ^ 4) - 4).to(torch.int8).view(torch.int32).flatten()
 

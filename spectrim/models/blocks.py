@@ -131,7 +131,7 @@ class BlockModel:
         return self._calls[shape][index]
 
     def _returned(self) -> int:
-        """How many values blocks return, see ``arity``: seen on a real one-token call, since stubs must return as many."""
+        """``arity`` of what blocks return: seen on a real one-token call, since stubs must return as much."""
         if self._arity is None:
             kept: list[Any] = []
             first = self.blocks[0]

@@ -16,22 +16,22 @@ from torch import Tensor, nn
 
 
 class Slice(NamedTuple):
-    """Where a tensor of a linear lies: in tensor ``name`` of the original, at ``index`` where that is of many experts."""
+    """Where a linear's tensor lies: in tensor ``name`` of the original, at ``expert`` where that is of many."""
 
     name: str
-    index: int | None = None
+    expert: int | None = None
     transposed: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
         """The linear's tensor, cut out of the original's."""
-        part = tensor if self.index is None else tensor[self.index]
+        part = tensor if self.expert is None else tensor[self.expert]
         return part.mT if self.transposed else part
 
     def read(self, handle: Any) -> Tensor:
         """The linear's tensor out of an open safetensors file, of which nothing else is read."""
-        if self.index is None:
+        if self.expert is None:
             return self.of(handle.get_tensor(self.name)).contiguous()
-        part = handle.get_slice(self.name)[self.index]
+        part = handle.get_slice(self.name)[self.expert]
         return (part.mT if self.transposed else part).clone(memory_format=torch.contiguous_format)
 
 
@@ -58,16 +58,18 @@ class ExpertLinears(nn.Module):
             setattr(self, name, nn.ModuleList(self._linears(getattr(source, name), bias)))
             for suffix in ("", "_bias") if self.has_bias else ("",):
                 delattr(source, f"{name}{suffix}")
-        self._original = (experts,)  # its activation, its limits and its way to gate; no submodule, for it is empty
+        self._original: tuple[Any] = (
+            experts,
+        )  # its activation, its limits and its way to gate; no submodule, for it is empty
 
     def __len__(self) -> int:
         """The number of experts."""
-        return len(self.down_proj)
+        return len(self._lists()[1])
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states (tokens, hidden); the experts of each token and their weights (tokens, k) -> as hidden_states."""
+        """(tokens, hidden), with the experts of each token and their weights (tokens, k) -> (tokens, hidden)."""
         source, found = self._original[0], torch.zeros_like(hidden_states)
-        first, down = getattr(self, self.first), self.down_proj
+        first, down = self._lists()
         for index in top_k_index.unique().tolist():
             if not 0 <= index < len(down):  # what pads a token's experts
                 continue
@@ -81,10 +83,15 @@ class ExpertLinears(nn.Module):
     def slices(self, prefix: str) -> Iterator[tuple[str, Slice]]:
         """Tensor name below ``prefix`` -> where the original module, whose name ``prefix`` is, has it."""
         for name in (self.first, "down_proj"):
-            for index in range(len(getattr(self, name))):
+            for index in range(len(self)):
                 yield f"{prefix}.{name}.{index}.weight", Slice(f"{prefix}.{name}", index, self.transposed)
                 if self.has_bias:
                     yield f"{prefix}.{name}.{index}.bias", Slice(f"{prefix}.{name}_bias", index)
+
+    def _lists(self) -> tuple[nn.ModuleList, nn.ModuleList]:
+        first, down = self.get_submodule(self.first), self.get_submodule("down_proj")
+        assert isinstance(first, nn.ModuleList) and isinstance(down, nn.ModuleList)
+        return first, down
 
     def _linears(self, weights: Tensor, biases: Tensor | None) -> Iterator[nn.Linear]:
         for index, weight in enumerate(weights.detach()):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -41,13 +41,13 @@ def linearise(model: nn.Module) -> dict[str, Slice]:
         elif _is_conv1d(module):
             model.set_submodule(name, _linear(module.weight.mT, module.bias))
             found[f"{name}.weight"] = Slice(f"{name}.weight", transposed=True)
-        elif type(module) is not nn.Linear and isinstance(module, nn.Linear) and behaves_as_linear(type(module)):
+        elif isinstance(module, nn.Linear) and type(module) is not nn.Linear and behaves_as_linear(type(module)):
             model.set_submodule(name, _linear(module.weight, module.bias))
     return found
 
 
 def matrices_of(model: PreTrainedModel) -> dict[str, Slice]:
-    """Name of every compressible linear that ``linearise`` would make -> where ``model``, left as it is, has its weight.
+    """Every compressible linear that ``linearise`` would make -> where ``model``, left as it is, has its weight.
 
     Raises:
         ModelError: there is none.
@@ -89,8 +89,8 @@ def read_linearised(entries: Mapping[str, Path], sources: Mapping[str, Slice]) -
 
 
 @cache
-def behaves_as_linear(kind: type[nn.Linear]) -> bool:
-    """Whether ``kind`` computes x Wᵀ + b and nothing else."""
+def behaves_as_linear(kind: Any) -> bool:
+    """Whether ``kind``, a subclass of ``nn.Linear``, computes x Wᵀ + b and nothing else."""
     module = kind.__new__(kind)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         nn.Linear.__init__(module, 5, 3)
@@ -112,5 +112,5 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
     linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
-    linear.bias = bias
+    linear.register_parameter("bias", bias)
     return linear

@@ -75,7 +75,7 @@ def linears_by_block(model: PreTrainedModel, exclude: Iterable[str] = ()) -> dic
 
 
 def gates_of(block: nn.Module) -> set[str]:
-    """Names of the linears of ``block`` that stand beside experts and have an output for each of them, or one output."""
+    """Linears of ``block`` beside experts that have an output for each of them, or one output: their names."""
     found = set()
     for name, module in block.named_modules():
         if not isinstance(module, ExpertLinears):

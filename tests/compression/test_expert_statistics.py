@@ -12,7 +12,9 @@ NAMES = [f"mlp.experts.down_proj.{index}" for index in range(4)]
 
 def inputs(counts: list[int]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    drawn = {name: torch.randn(n, FEATURES, generator=generator).double() for name, n in zip(NAMES, counts, strict=True)}
+    drawn = {
+        name: torch.randn(n, FEATURES, generator=generator).double() for name, n in zip(NAMES, counts, strict=True)
+    }
     return {name: x for name, x in drawn.items() if len(x)}
 
 

@@ -28,11 +28,22 @@ from spectrim.models.modules import UNCALLED, compressible_linears
 from tests.checkpoints import packed_weight
 from tests.compression.test_statistics import captured, stream
 
-NOT_SMALL = set(
-    "bailing_hybrid blt cohere_compass_text dbrx dots3_note emu3 gemma3 gemma3n gemma3n_text gemma4_assistant "
-    "gemma4_unified_assistant git got_ocr2 kimi_linear mllama moss_transcribe_diarize musicgen musicgen_melody "
-    "phi4_multimodal qwen4_exp qwen4_exp_text xlstm zamba zamba2 apertus".split()
-)
+NOT_SMALL = {
+    *(
+        "bailing_hybrid",
+        "blt",
+        "cohere_compass_text",
+        "dbrx",
+        "dots3_note",
+        "emu3",
+        "gemma3",
+        "gemma3n",
+        "gemma3n_text",
+    ),
+    *("gemma4_assistant", "gemma4_unified_assistant", "git", "got_ocr2", "kimi_linear", "mllama", "musicgen"),
+    *("moss_transcribe_diarize", "musicgen_melody", "phi4_multimodal", "qwen4_exp", "qwen4_exp_text", "xlstm", "zamba"),
+    *("zamba2", "apertus"),
+}
 """Types that benchmarks/families.py cannot build."""
 
 ON_TOKENS, LOOKS_AHEAD, CACHE = "depend on the tokens", "looks ahead", "generating with a cache"
@@ -46,7 +57,10 @@ REFUSED = {
 }
 """With what the refusal says."""
 
-DECODERS = "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart trocr whisper".split()
+DECODERS = (
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
+    *("trocr", "whisper"),
+)
 PARTLY = {
     **dict.fromkeys(DECODERS, 0.61),  # their attention to an encoder is never called
     **dict.fromkeys(("mamba", "falcon_mamba"), 0.87),

@@ -26,9 +26,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, kind: type, change: Callable[[Forwar
     monkeypatch.setattr(kind, "forward", change(kind.forward))
 
 
-def test_a_model_that_looks_ahead_is_refused(
-    model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_looks_ahead_is_refused(model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def change(forward: Forward) -> Forward:
         def with_mean(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             return forward(self, hidden_states, *args, **kwargs) + hidden_states.mean(1, keepdim=True)
@@ -36,7 +34,7 @@ def test_a_model_that_looks_ahead_is_refused(
         return with_mean
 
     broken(monkeypatch, modeling_llama.LlamaDecoderLayer, change)
-    with pytest.raises(ModelError, match="LlamaForCausalLM .llama.: with another last token.*looks ahead"):
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM .llama.: with another last token.*looks ahead"):
         probe(model_folders["llama"])
 
 
@@ -69,7 +67,7 @@ def test_code_that_fails_on_blocks_alone_is_named(
         raise KeyError("past")
 
     monkeypatch.setattr(BlockModel, "run", fails)
-    with pytest.raises(ModelError, match="cannot be walked block by block .KeyError: 'past'."):
+    with pytest.raises(ModelError, match=r"cannot be walked block by block .KeyError: 'past'."):
         probe(model_folders["llama"])
 
 
@@ -98,7 +96,7 @@ def test_a_matrix_that_is_called_and_read_is_refused(
         return both
 
     broken(monkeypatch, modeling_llama.LlamaMLP, change)
-    with pytest.raises(ModelError, match="with (factors|one|.*factors).* (differ|it fails)"):
+    with pytest.raises(ModelError, match=r"with factors .* one linear of each kind"):
         probe(model_folders["llama"])
 
 
