@@ -148,9 +148,14 @@ class Prepare:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Calibrate:
-    """``seq_len`` tokens per window, and the number of windows of each split."""
+    """``seq_len`` tokens per window, and the number of windows of each split.
+
+    ``bos``: whether a window, a prompt and a task's question begin with the tokenizer's BOS token. ``auto``: where it
+    begins a text with one. It takes the first of a window's places.
+    """
 
     seq_len: AtLeast2
+    bos: Literal["auto", "always", "never"]
     calibration_windows: AtLeast1
     validation_windows: AtLeast1
     test_windows: AtLeast1

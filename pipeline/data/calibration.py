@@ -1,4 +1,7 @@
-"""Texts and a tokenizer -> the files of artifacts/calibrate."""
+"""Texts and a tokenizer -> the files of artifacts/calibrate.
+
+The documents of a split, in their order, are joined by a blank line and tokenised as one text.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +10,7 @@ import numpy as np
 
 from pipeline.config.sections import Calibrate, Text
 from pipeline.data import texts
+from pipeline.data.bos import added_bos, follow
 from pipeline.data.documents import read, split
 from pipeline.data.originals import check_context, original_tokenizer
 from pipeline.runtime.artifacts import write_json
@@ -30,20 +34,23 @@ def write_windows(
         commits: text name -> the commit of a hub data set.
     """
     check_context(prepared, settings.seq_len)
-    tokenizer = original_tokenizer(prepared)
+    tokenizer = follow(original_tokenizer(prepared), settings.bos)
+    first = added_bos(tokenizer)
+    bos = {} if first is None else dict.fromkeys(data, first)
     tokens: dict[str, dict[str, np.ndarray]] = {"calibration": {}, "validation": {}, "test": {}}
     for name, text in progress(sorted(data.items()), desc="calibrate: texts", total=len(data)):
         for part, chosen in split(read(name, text, commits.get(name)), text.splits, name).items():
             tokens[part][name] = texts.tokenise(tokenizer, "\n\n".join(chosen))
 
-    summary: dict[str, dict] = {"test": {}}
+    summary: dict[str, dict] = {"test": {}, "bos": {name: str(tokenizer.decode([bos[name]])) for name in sorted(bos)}}
     for part, count in (("calibration", settings.calibration_windows), ("validation", settings.validation_windows)):
-        windows, names = texts.draw_windows(tokens[part], settings.seq_len, count, seed, part)
+        windows, names = texts.draw_windows(tokens[part], settings.seq_len, count, seed, part, bos)
         summary[part] = texts.save_windows(folder / f"{part}.parquet", windows, names)
         summary[part]["n_tokens_split"] = sum(map(len, tokens[part].values()))
     for name, ids in tokens["test"].items():
-        windows = texts.first_windows(name, ids, settings.seq_len, settings.test_windows)
+        windows = texts.first_windows(name, ids, settings.seq_len, settings.test_windows, bos.get(name))
         summary["test"][name] = texts.save_windows(folder / "test" / f"{name}.parquet", windows, [name] * len(windows))
-        decoded = tokenizer.decode(windows.reshape(-1), clean_up_tokenization_spaces=False)
+        written = windows[:, name in bos :]  # what the text itself says
+        decoded = tokenizer.decode(written.reshape(-1), clean_up_tokenization_spaces=False)
         summary["test"][name] |= {"n_tokens_split": len(ids), "n_bytes": len(str(decoded).encode())}
     write_json(folder / "calibrate.json", summary)

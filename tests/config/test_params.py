@@ -40,6 +40,7 @@ REFUSED: dict[str, list[Any]] = {
     "prepare.load_dtype": ["float64"],
     "prepare.perturb": [-0.1, 11, "0.3", None],
     "calibrate.seq_len": [0, 1, "1024"],
+    "calibrate.bos": [True, "yes", None],
     "calibrate.calibration_windows": [0],
     "calibrate.validation_windows": [0],
     "calibrate.test_windows": [0],
