@@ -152,11 +152,11 @@ def test_split_of_one_takes_everything_verbatim() -> None:
 def test_read_divides_only_what_is_shared(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("one\n\ntwo\n")
-    assert read("a", Text(str(file), None, "text", {"test": 1.0})) == ["one\n\ntwo\n"]
-    assert len(read("a", Text(str(file), None, "text", {"test": 0.5}))) == 2
+    assert read("a", Text(str(file), None, "text", "none", {"test": 1.0})) == ["one\n\ntwo\n"]
+    assert len(read("a", Text(str(file), None, "text", "none", {"test": 0.5}))) == 2
     for name in ("../a", ".a", "a/b", ""):
         with pytest.raises(ConfigError, match="names a file"):
-            read(name, Text(str(file), None, "text", {"test": 1.0}))
+            read(name, Text(str(file), None, "text", "none", {"test": 1.0}))
 
 
 @settings(max_examples=40, deadline=None)
