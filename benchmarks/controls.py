@@ -99,13 +99,15 @@ def perplexity(model: Any, windows: Tensor) -> float:
     return math.exp(float(torch.stack(losses).double().mean()))
 
 
-def text_windows(folder: Path, file: Path, seq_len: int) -> Tensor:
-    """The first windows of a text taken as one."""
+def text_windows(folder: Path, file: Path, calibration: Tensor) -> Tensor:
+    """The first windows of a text taken as one, as long as those of ``calibration``, and behind BOS where those are."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-    return torch.tensor(tokens[: TEXT_WINDOWS * seq_len]).view(TEXT_WINDOWS, seq_len)
+    bos = [tokenizer.bos_token_id] if (calibration[:, 0] == tokenizer.bos_token_id).all() else []
+    n_text = calibration.shape[1] - len(bos)
+    return torch.tensor([bos + tokens[i * n_text : (i + 1) * n_text] for i in range(TEXT_WINDOWS)])
 
 
 def main() -> None:
@@ -124,7 +126,7 @@ def main() -> None:
     calibration = windows_of(calibrate / "calibration.parquet")
     texts = {file.stem: windows_of(file) for file in sorted((calibrate / "test").glob("*.parquet"))}
     if arguments.text:
-        texts[arguments.text.stem] = text_windows(model_folder, arguments.text, calibration.shape[1])
+        texts[arguments.text.stem] = text_windows(model_folder, arguments.text, calibration)
     for scheme in schemes:
         start = time.monotonic()
         if scheme in GGUF:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.config.params import load
+from pipeline.data.bos import follow
 from pipeline.data.text_file import file_windows, named_file
 from pipeline.runtime.artifacts import artifact, read_json
 from pipeline.runtime.devices import resolve
@@ -107,7 +108,7 @@ def main() -> int:
     arguments = parser.parse_args()
     exact: dict[str, float] = {}
     try:
-        tokenizer = load_tokenizer(artifact("prepare"))
+        tokenizer = follow(load_tokenizer(artifact("prepare")), load().calibrate.bos)
         windows = evaluation_windows() | {
             name: file_windows(file, tokenizer, SEQ_LEN, FILE_WINDOWS) for name, file in arguments.texts
         }

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pipeline.config import preset
 from pipeline.config.params import load
+from pipeline.data.bos import follow
 from pipeline.data.text_file import file_windows, named_file
 from pipeline.runtime.artifacts import artifact
 from pipeline.runtime.devices import resolve
@@ -53,7 +54,7 @@ class Measure:
     def __init__(self, texts: dict[str, Path]) -> None:
         self.params = load()
         self.device = resolve(self.params.runtime.device)
-        tokenizer = load_tokenizer(artifact("prepare"))
+        tokenizer = follow(load_tokenizer(artifact("prepare")), self.params.calibrate.bos)
         self.windows: dict[str, Tensor] = evaluation_windows() | {
             name: file_windows(file, tokenizer, SEQ_LEN, FILE_WINDOWS) for name, file in texts.items()
         }

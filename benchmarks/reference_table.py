@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.config.params import load
+from pipeline.data.bos import follow
 from pipeline.data.text_file import file_windows
 from pipeline.runtime.artifacts import artifact, read_json
 from pipeline.runtime.devices import resolve
@@ -72,7 +73,7 @@ class Table:
     def __init__(self, text: Path, device: torch.device, protocol: Protocol) -> None:
         check_protocol(protocol)
         self.model = load_model(artifact("prepare"), device).requires_grad_(False)
-        tokenizer = load_tokenizer(artifact("prepare"))
+        tokenizer = follow(load_tokenizer(artifact("prepare")), load().calibrate.bos)
         self.windows = file_windows(text, tokenizer, protocol["seq_len"], protocol["test_windows"])
         self.blocks = linears_by_block(self.model)
         self.linears = {name: linear for block in self.blocks.values() for name, linear in block.items()}

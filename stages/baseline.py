@@ -4,7 +4,7 @@ reads   artifacts/prepare (model), artifacts/calibrate/test, artifacts/capture (
         artifacts/sources/tasks.json
 writes  artifacts/baseline/baseline.json
 params  baseline, evaluate (batch_size, tasks, task_limit, prompt, new_tokens), compression.{exclude,alternatives},
-        capture.{damping,max_damping}
+        capture.{damping,max_damping}, calibrate.bos
 """
 
 from functools import partial
@@ -33,7 +33,7 @@ def main() -> None:
     settings, device = params.evaluate, resolve(params.runtime.device)
     texts, identity, exclude = evaluation_windows(), model_identity(prepared), params.compression.exclude
     check_tasks(settings.tasks)
-    wanted = Measurements("baseline", params.runtime, LayerStore(), device, settings)
+    wanted = Measurements("baseline", params.runtime, LayerStore(), device, settings, params.calibrate.bos)
     dense = partial(dense_subject, prepared, device)
     wanted.behaviour(dense, prepared, identity, read_json(artifact("sources", "tasks.json")))
     wanted.perplexities(dense, identity, texts)

@@ -3,7 +3,7 @@
 reads   artifacts/remap, artifacts/prepare (model), artifacts/calibrate/test, artifacts/baseline/baseline.json;
         evaluate.tasks and artifacts/sources/tasks.json
 writes  reports/metrics.json, reports/evaluate (a csv per figure); with --text: JSON on stdout and no file
-params  evaluate, compression.ratio (with --text also calibrate.seq_len)
+params  evaluate, compression.ratio, calibrate.bos (with --text also calibrate.seq_len)
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.config.params import load
+from pipeline.data.bos import follow
 from pipeline.data.text_file import file_windows
 from pipeline.runtime.artifacts import artifact, read_json, write_json
 from pipeline.runtime.console import run
@@ -41,7 +42,8 @@ def main(
     params, remap = load(), artifact("remap")
     settings, device = params.evaluate, resolve(params.runtime.device)
     if text is not None:
-        file = file_windows(text, load_tokenizer(remap), params.calibrate.seq_len, windows or FILE_WINDOWS, column)
+        tokenizer = follow(load_tokenizer(remap), params.calibrate.bos)
+        file = file_windows(text, tokenizer, params.calibrate.seq_len, windows or FILE_WINDOWS, column)
         print(json.dumps(_further(str(text), file, device, settings.batch_size), indent=2))
         return
     if windows is not None:
@@ -51,7 +53,7 @@ def main(
     baseline = read_json(baseline_file)
     check_tasks(settings.tasks)
     measure.require_same_tokens(baseline, texts, baseline_file)
-    wanted = Measurements("evaluate", params.runtime, LayerStore(), device, settings)
+    wanted = Measurements("evaluate", params.runtime, LayerStore(), device, settings, params.calibrate.bos)
     compressed, identity = partial(compressed_subject, remap, device), model_identity(remap)
     wanted.behaviour(compressed, remap, identity, read_json(artifact("sources", "tasks.json")), COMPRESSED)
     wanted.perplexities(compressed, identity, texts, COMPRESSED)

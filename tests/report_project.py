@@ -144,7 +144,8 @@ def write(root: Path, *, n_blocks: int = 30, chosen: str = "gates", trained: boo
         {
             split: {"n_windows": n, "seq_len": 1024, "n_tokens": n * 1024, "tokens_sha256": "a7" * 32}
             for split, n in splits.items()
-        },
+        }
+        | {"bos": {}},
     )
 
 

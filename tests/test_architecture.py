@@ -21,7 +21,7 @@ from tests.tiny import REPOSITORY, STAGES, process_environment
 PACKAGES = ("spectrim", "pipeline", "stages", "benchmarks")
 MAX_FILE_LINES = 340
 MAX_FUNCTION_LINES = 60
-NOT_OF_A_RESULT = {"evaluate": ("calibrate",)}  # read for --text only, which writes no output of the stage
+NOT_OF_A_RESULT = {"evaluate": ("calibrate.seq_len",)}  # read for --text only, which writes no output of the stage
 REGISTRATION = Path("spectrim/__init__.py")
 BANNED_NAMES = {"gamma", "ppl", "hessian", "nsamples", "compression_ratio"}
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -198,7 +198,8 @@ def test_a_stage_declares_the_parameters_it_reads(stage: str) -> None:
     missing = {
         name
         for name in read
-        if name.split(".")[0] not in {"runtime", *NOT_OF_A_RESULT.get(stage, ())}
+        if name.split(".")[0] != "runtime"
+        and name not in NOT_OF_A_RESULT.get(stage, ())
         and name.split(".")[0] not in declared
         and name not in declared
         and not ("." not in name and any(item.startswith(f"{name}.") for item in declared))

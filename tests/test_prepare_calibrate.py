@@ -270,7 +270,7 @@ def test_calibrate(project: Change, corpus_file: Path, tmp_path: Path) -> None:
     raw = tmp_path / "book.txt"
     raw.write_text("\n\n".join(tiny.corpus(12)[::-1]) + "\n")
     content = project()
-    content["data"]["book"] = {"source": str(raw), "sha256": None, "column": "text", "splits": {"test": 1.0}}
+    content["data"]["book"] = content["data"]["corpus"] | {"source": str(raw), "splits": {"test": 1.0}}
     project(calibrate__test_windows=4)
     run(prepare)
     run(calibrate)

@@ -133,7 +133,8 @@ def tiny_params(model_source: str, text_source: str) -> dict[str, Any]:
     params: dict[str, Any] = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
     params["model"] = {"source": model_source, "sha256": None}
     splits = {"calibration": 0.6, "validation": 0.2, "test": 0.2}
-    params["data"] = {"corpus": {"source": text_source, "sha256": None, "column": "text", "splits": splits}}
+    row = {"column": "text", "template": "none"}
+    params["data"] = {"corpus": {"source": text_source, "sha256": None, **row, "splits": splits}}
     refinement = {**params["update_weights"]["refinement"], "steps": 4, "seq_len": 24, "validate_every": 2}
     small: dict[str, dict[str, Any]] = {
         "compression": {"ratio": 0.8, "format": "pifa", "alternatives": []},

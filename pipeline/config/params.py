@@ -7,6 +7,7 @@ DVC tracks the values; this file only reads them, so it is in no stage's depende
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -42,6 +43,7 @@ from spectrim.errors import ConfigError
 from spectrim.maths.budget import CODED
 
 FILE = Path("params.yaml")
+HAS_ROWS = re.compile(r"\.(jsonl(\.bz2)?|parquet)$")
 AT_MOST = {
     "capture.damping": "capture.max_damping",
     "capture.gradient_windows": "calibrate.calibration_windows",
@@ -156,6 +158,12 @@ def _contradictions(values: Mapping[str, Any], texts: Mapping[str, Text] | None)
                     f"{key}: {values[key]!r} with compression.alternatives, which need {wanted!r} there; set that, or "
                     "alternatives to []"
                 )
+    for name, text in (texts or {}).items():
+        if text.template == "chat" and not text.source.startswith("hf:") and not HAS_ROWS.search(text.source):
+            yield (
+                f"data.{name}.template: chat, but {text.source} has no rows that hold conversations; give a hub data "
+                "set, a .jsonl or a .parquet file, or set none"
+            )
     for split in SPLITS:
         if texts is not None and not any(split in text.splits for text in texts.values()):
             yield f"data: no text has a {split} split; give one a share of its documents"

@@ -87,11 +87,16 @@ class Model:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Text:
-    """A text. ``splits`` maps calibration, validation, test to the share of documents each gets (sum at most 1)."""
+    """A text. ``splits`` maps calibration, validation, test to the share of documents each gets (sum at most 1).
+
+    ``column`` of its rows, where it has rows. ``template``: ``none``, and that holds a string; ``chat``, and it holds a
+    conversation, a list of {role, content} messages, which the tokenizer's chat template makes tokens of.
+    """
 
     source: Source
     sha256: Sha256 | None
     column: str
+    template: Literal["none", "chat"]
     splits: Splits
 
 
@@ -148,9 +153,14 @@ class Prepare:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Calibrate:
-    """``seq_len`` tokens per window, and the number of windows of each split."""
+    """``seq_len`` tokens per window, and the number of windows of each split.
+
+    ``bos``: whether a window, a prompt and a task's question begin with the tokenizer's BOS token. ``auto``: where it
+    begins a text, or its chat template a conversation, with one. It takes the first of a window's places.
+    """
 
     seq_len: AtLeast2
+    bos: Literal["auto", "always", "never"]
     calibration_windows: AtLeast1
     validation_windows: AtLeast1
     test_windows: AtLeast1

@@ -2,25 +2,27 @@
 
 A document is a row of a jsonl, parquet or hub data set, a line of a .cor file, an article of a MediaWiki dump, or a
 part of a plain file: what stands under a WikiText title, or a paragraph where there are no titles. No document lies in
-two splits.
+two splits. A row that holds a conversation is a document of JSON.
 """
 
 import bz2
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from pipeline.config.sections import SPLITS, Text
+from pipeline.data.conversations import WANTED, Template, document
 from pipeline.data.fetching import fetch, hub_rows
 from spectrim.errors import ConfigError, DataError, SourceError
 
 NAME = re.compile(r"\w[\w.-]*")
-KINDS = (".txt", ".raw", ".cor", ".jsonl", ".parquet", ".xml")
+ROWS = (".jsonl", ".parquet")
+KINDS = (".txt", ".raw", ".cor", *ROWS, ".xml")
 TITLE = re.compile(r"^(?= ?= [^=\s](?:.*[^=\s])? = ?$)", re.MULTILINE)  # WikiText: " = Title = "
 BLANK = re.compile(r"\n[ \t\r]*\n")
 
@@ -39,29 +41,49 @@ def read(name: str, text: Text, commit: str | None = None) -> list[str]:
     if not NAME.fullmatch(name):
         raise ConfigError([f"{key}: must be made of letters, digits, '_', '-' and '.', because it names a file"])
     if text.source.startswith("hf:"):
-        return hub_rows(text.source, text.sha256, text.column, key, commit)
+        return list(hub_documents(hub_rows(text.source, text.sha256, text.column, key, commit), text, key))
     path = fetch(text.source, text.sha256, key).path
-    return documents(path, text.column, whole=list(text.splits.values()) == [1.0])
+    try:
+        return documents(path, text.column, text.template, whole=list(text.splits.values()) == [1.0])
+    except SourceError as error:
+        raise SourceError(f"{key}: {error}") from error
 
 
-def documents(path: Path, column: str, *, whole: bool) -> list[str]:
+def hub_documents(rows: Iterable[Any], text: Text, key: str) -> Iterator[str]:
+    """The documents in the column of a hub data set. Raises SourceError: a row that holds none; names ``key``."""
+    for number, row in enumerate(rows, start=1):
+        found = document(row, text.template)
+        if found is None:
+            raise SourceError(
+                f"{key}.column: row {number:,} of {text.source} holds a {_shape(row)}, a {WANTED[text.template]} is "
+                f"required; set {key}.column or {key}.template"
+            )
+        yield found
+
+
+def documents(path: Path, column: str, template: Template = "none", *, whole: bool) -> list[str]:
     """The documents of a .txt, .raw, .cor, .jsonl, .parquet or MediaWiki .xml file, each possibly .bz2.
 
     ``whole``: nothing will be divided, so that a plain file is one document, taken verbatim.
-    ``column`` is that of the texts in jsonl and parquet.
+    ``column`` is that of the texts in jsonl and parquet; with ``template`` chat it holds conversations.
 
     Raises:
-        SourceError: another kind of file, damaged, not UTF-8, or without that column of strings.
+        SourceError: another kind of file, damaged, not UTF-8, or without that column of strings or conversations.
     """
     kind = _kind(path)
+    if template == "chat" and kind not in ROWS:
+        raise SourceError(
+            f"{path}: template chat, but a {kind} file holds no conversations; give one of {', '.join(ROWS)} or a hub "
+            "data set, or set the text's template to none"
+        )
     try:
         if kind == ".parquet":
-            return _parquet(path, column)
+            return _parquet(path, column, template)
         with _open(path) as stream:
             if kind == ".xml":
                 return list(_articles(stream))
             if kind == ".jsonl":
-                return list(_jsonl(path, stream, column))
+                return list(_jsonl(path, stream, column, template))
             text = stream.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not UTF-8 at byte {error.start:,}; convert it to UTF-8") from error
@@ -120,7 +142,7 @@ def _open(path: Path) -> IO[bytes]:
     return bz2.open(path) if path.suffix == ".bz2" else path.open("rb")
 
 
-def _parquet(path: Path, column: str) -> list[str]:
+def _parquet(path: Path, column: str, template: Template) -> list[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -131,13 +153,17 @@ def _parquet(path: Path, column: str) -> list[str]:
         )
     except pa.ArrowInvalid as error:
         raise SourceError(f"{path}: not a readable .parquet file ({error}); get it again") from error
-    if not all(isinstance(value, str) for value in values):
+    rows = [row for value in values if (row := document(value, template)) is not None]
+    if len(rows) < len(values):
         found = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise SourceError(f"{path}: needs a string {column!r} in every row, found {found}; set the text's column")
-    return values
+        raise SourceError(
+            f"{path}: needs a {WANTED[template]} {column!r} in every row, found {found}; set the text's column or "
+            "template"
+        )
+    return rows
 
 
-def _jsonl(path: Path, stream: IO[bytes], column: str) -> Iterator[str]:
+def _jsonl(path: Path, stream: IO[bytes], column: str, template: Template) -> Iterator[str]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
@@ -145,10 +171,22 @@ def _jsonl(path: Path, stream: IO[bytes], column: str) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise SourceError(f"{path}: line {number:,} is not JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            found = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise SourceError(f"{path}: line {number:,} has no string {column!r}, found {found}; set the text's column")
-        yield row[column]
+        found = document(row.get(column), template) if isinstance(row, dict) else None
+        if found is None:
+            raise SourceError(
+                f"{path}: line {number:,} has no {WANTED[template]} {column!r}, found {_shape(row)}; set the text's "
+                "column or template"
+            )
+        yield found
+
+
+def _shape(value: Any) -> str:
+    """What a value is, in a few words: the keys of a row, the kind of anything else."""
+    if isinstance(value, dict):
+        return str({key: type(item).__name__ for key, item in sorted(value.items())})
+    if isinstance(value, list):
+        return f"list of {', '.join(sorted({_shape(item) for item in value})) or 'nothing'}"
+    return type(value).__name__
 
 
 def _articles(stream: IO[bytes]) -> Iterator[str]:

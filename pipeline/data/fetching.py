@@ -19,6 +19,7 @@ import zipfile
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from pipeline.config.source_syntax import KINDS, Hub, Wheel, parse
 from pipeline.data.model_files import SAFETENSORS, has_weights
@@ -74,11 +75,11 @@ def missing(path: Path, parameter: str) -> SourceError:
     return SourceError(f"{parameter}: {path}: no such file or folder (looked in {Path.cwd()}); write {KINDS}")
 
 
-def hub_rows(source: str, sha256: str | None, column: str, key: str, commit: str | None = None) -> list[str]:
-    """The strings of one column of a hub data set, in order; at ``commit``, where that is given.
+def hub_rows(source: str, sha256: str | None, column: str, key: str, commit: str | None = None) -> list[Any]:
+    """The values of one column of a hub data set, in order; at ``commit``, where that is given.
 
     Raises:
-        SourceError: malformed, unreachable, no such split or column, or a column of something else than strings.
+        SourceError: malformed, unreachable, no such split or column.
     """
     where = parse(source)
     match = ROWS.fullmatch(where.rest) if isinstance(where, Hub) else None
@@ -99,10 +100,7 @@ def hub_rows(source: str, sha256: str | None, column: str, key: str, commit: str
     column = match["column"] or column
     if column not in rows.column_names:
         raise SourceError(f"{key}.column: {where} has the columns {rows.column_names}, not {column!r}")
-    texts = rows[column][:]
-    if not all(isinstance(text, str) for text in texts):
-        raise SourceError(f"{key}.column: {column!r} of {where} must hold strings, found {rows.features[column]}")
-    return texts
+    return rows[column][:]
 
 
 def _wheel_member(wheel: Wheel, sha256: str | None, key: str) -> Fetched:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data.bos import added_bos
 from pipeline.data.documents import documents
 from pipeline.data.texts import first_windows, tokenise
 from spectrim.errors import DataError, SourceError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 def file_windows(file: Path, tokenizer: Any, seq_len: int, n_windows: int, column: str = "text") -> "Tensor":
     """The first ``n_windows`` contiguous windows (n_windows, seq_len) of a local file, taken as one text.
 
+    They begin with a BOS token where ``tokenizer`` puts one before a text.
     ``column`` is that of the texts in jsonl and parquet, whose rows are joined by a blank line.
 
     Raises:
@@ -26,13 +28,14 @@ def file_windows(file: Path, tokenizer: Any, seq_len: int, n_windows: int, colum
     if not file.is_file():
         raise SourceError(f"{file}: not found; give a text file")
     ids = tokenise(tokenizer, "\n\n".join(documents(file, column, whole=True)))
-    available = len(ids) // seq_len
+    bos = added_bos(tokenizer)
+    available = len(ids) // (seq_len - (bos is not None))
     if available < n_windows:
         raise DataError(
             f"{file}: {len(ids):,} tokens make {available} windows of {seq_len:,}, {n_windows} are asked for; "
             "give a longer text or a smaller --windows"
         )
-    return torch.from_numpy(first_windows(file.stem, ids, seq_len, n_windows)).long()
+    return torch.from_numpy(first_windows(file.stem, ids, seq_len, n_windows, bos)).long()
 
 
 def named_file(argument: str) -> tuple[str, Path]:

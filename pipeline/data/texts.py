@@ -1,4 +1,9 @@
-"""Text -> tokens -> windows, and the window files of artifacts/calibrate."""
+"""Text -> tokens -> windows, and the window files of artifacts/calibrate.
+
+The documents of a text stand one behind the other in one stream of tokens, which is cut into windows of one length:
+there is no padding, so none is ever scored, and a window may hold the end of one document and the beginning of another.
+Where windows begin with a BOS token, the text fills their other ``seq_len`` - 1 places.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK, MARGIN = 1 << 19, 1 << 12  # characters
+NONE: Mapping[str, int] = {}
 
 
 def tokenise(tokenizer: "PreTrainedTokenizerBase", text: str, chunk: int = CHUNK, margin: int = MARGIN) -> np.ndarray:
@@ -40,11 +46,12 @@ def tokenise(tokenizer: "PreTrainedTokenizerBase", text: str, chunk: int = CHUNK
 
 
 def draw_windows(
-    tokens: Mapping[str, np.ndarray], seq_len: int, count: int, seed: int, part: str
+    tokens: Mapping[str, np.ndarray], seq_len: int, count: int, seed: int, part: str, bos: Mapping[str, int] = NONE
 ) -> tuple[np.ndarray, list[str]]:
     """``count`` random windows that do not overlap, (count, seq_len) int32, and the text that each comes from.
 
     Every text is cut into contiguous windows from a random first token; the draw is uniform over all of them.
+    ``bos``: the token that every window of a text begins with, of the texts where there is one.
 
     Raises:
         DataError: too few tokens.
@@ -52,19 +59,23 @@ def draw_windows(
     generator = np.random.default_rng([seed, *part.encode()])
     grids, names = [np.empty((0, seq_len), np.int32)], []
     for name, ids in sorted(tokens.items()):
-        n_windows, rest = divmod(len(ids), seq_len)
-        first = generator.integers(rest + 1)
-        grids.append(ids[first : first + n_windows * seq_len].reshape(n_windows, seq_len))
-        names += [name] * n_windows
-    _enough(tokens, len(names), seq_len, count, part)
+        _, rest = divmod(len(ids), _n_text(seq_len, bos.get(name)))
+        grids.append(_cut(ids[generator.integers(rest + 1) :], seq_len, bos.get(name)))
+        names += [name] * len(grids[-1])
+    _enough(tokens, len(names), seq_len, count, part, bos)
     chosen = generator.permutation(len(names))[:count]
     return np.concatenate(grids)[chosen], [names[i] for i in chosen]
 
 
-def first_windows(name: str, ids: np.ndarray, seq_len: int, count: int, part: str = "test") -> np.ndarray:
-    """The first ``count`` contiguous windows, (count, seq_len) int32. Raises DataError: too few tokens."""
-    _enough({name: ids}, len(ids) // seq_len, seq_len, count, part)
-    return ids[: count * seq_len].reshape(count, seq_len)
+def first_windows(name: str, ids: np.ndarray, seq_len: int, count: int, bos: int | None = None) -> np.ndarray:
+    """The first ``count`` contiguous windows, (count, seq_len) int32, each behind ``bos`` where there is one.
+
+    Raises:
+        DataError: too few tokens.
+    """
+    windows = _cut(ids, seq_len, bos)
+    _enough({name: ids}, len(windows), seq_len, count, "test", NONE if bos is None else {name: bos})
+    return windows[:count]
 
 
 def save_windows(path: Path, windows: np.ndarray, texts: Sequence[str]) -> dict[str, Any]:
@@ -111,12 +122,26 @@ def _sha256(windows: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(windows, "<i4").tobytes()).hexdigest()
 
 
-def _enough(tokens: Mapping[str, np.ndarray], found: int, seq_len: int, count: int, part: str) -> None:
+def _n_text(seq_len: int, bos: int | None) -> int:
+    """Tokens of the text in a window."""
+    return seq_len - (bos is not None)
+
+
+def _cut(ids: np.ndarray, seq_len: int, bos: int | None) -> np.ndarray:
+    """Contiguous windows from the first token on, (windows, seq_len) int32; the rest of the tokens is left."""
+    n_text = _n_text(seq_len, bos)
+    windows = ids[: len(ids) // n_text * n_text].reshape(-1, n_text)
+    return windows if bos is None else np.insert(windows, 0, bos, axis=1)
+
+
+def _enough(
+    tokens: Mapping[str, np.ndarray], found: int, seq_len: int, count: int, part: str, bos: Mapping[str, int]
+) -> None:
     if found < count:
-        total = sum(map(len, tokens.values()))
+        total, n_text = sum(map(len, tokens.values())), seq_len - all(name in bos for name in tokens)
         raise DataError(
             f"data.{', data.'.join(sorted(tokens))}: the {part} split has {total:,} tokens ({found} windows of "
-            f"{seq_len:,}), calibrate.{part}_windows = {count} needs {count * seq_len:,}; "
+            f"{seq_len:,}), calibrate.{part}_windows = {count} needs {count * n_text:,}; "
             f"lower calibrate.{part}_windows or calibrate.seq_len, or give more text"
         )
 

@@ -161,3 +161,11 @@ def pivoting_note(metrics: Metrics) -> str | None:
         f"{pivoting['matrices']} matrices as rows of their own, largest condition {worst['value']:.3g} "
         f"({worst['name']}); {said}"
     )
+
+
+def begun(calibrate: Mapping[str, Any]) -> dict[str, str]:
+    """BOS token -> the texts whose windows begin with it, in words."""
+    found: dict[str, list[str]] = {}
+    for name, token in calibrate["bos"].items():
+        found.setdefault(token, []).append(name)
+    return {token: ", ".join(names) for token, names in found.items()}

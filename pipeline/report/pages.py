@@ -174,6 +174,7 @@ def _text(
         "generation_dense": metrics.get("generation_dense"),
         "recipe": _recipe(params, metrics, calibrate, ranks, found),
         "protocol": tables.protocol_table(metrics),
+        "begun": notes.begun(calibrate),
     }
 
 

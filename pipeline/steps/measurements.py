@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.sections import Evaluate
+from pipeline.data.bos import Rule
 from pipeline.runtime.artifacts import read_json
 from pipeline.runtime.layers import LayerTask, Workers, keyed, run_layers
 from pipeline.runtime.snapshots import Snapshots
@@ -30,13 +31,14 @@ class Measurements:
         stage: named in the progress bar.
         workers: section `runtime`.
         settings: section `evaluate`.
+        bos: ``calibrate.bos``, of what tasks and the generated text begin with.
     """
 
     def __init__(
-        self, stage: str, workers: Workers, store: LayerStore, device: "torch.device", settings: Evaluate
+        self, stage: str, workers: Workers, store: LayerStore, device: "torch.device", settings: Evaluate, bos: Rule
     ) -> None:
         self.stage, self.workers, self.store = stage, workers, store
-        self.device, self.settings = device, settings
+        self.device, self.settings, self.bos = device, settings, bos
         self._tasks: dict[tuple[str, str, str], LayerTask] = {}
         self._unfinished: list[Snapshots] = []
 
@@ -62,11 +64,11 @@ class Measurements:
         settings, device = self.settings, str(self.device)
         for task, data in settings.tasks.items():
             limit, batch_size = settings.task_limit, settings.batch_size
-            compute = partial(write_scores, load, folder, task, data, limit, batch_size)
-            made = keyed("measure", "task", compute, identity, task, tasks[task], limit, batch_size, device)
+            compute = partial(write_scores, load, folder, self.bos, task, data, limit, batch_size)
+            made = keyed("measure", "task", compute, identity, self.bos, task, tasks[task], limit, batch_size, device)
             answers = self.store.root / f".answers-{made.key}"
             self._add(name, "tasks", task, LayerTask("", made.key, partial(compute, answers)))
-        values = (settings.prompt, settings.new_tokens)
+        values = (self.bos, settings.prompt, settings.new_tokens)
         sample = keyed("measure", "text", partial(write_generation, load, folder, *values), identity, *values, device)
         self._add(name, "generation", "", sample)
 

@@ -1,8 +1,9 @@
 """How good a language model is: perplexity, a generation sample, and round-to-nearest quantization to compare with.
 
-Protocol: a text is tokenised once, without special tokens, and cut into contiguous windows of ``seq_len`` tokens; the
-first token of a window is context only, every other token's loss counts once. Nothing is skipped: a non-finite loss is
-an error that names the module and the window.
+Protocol: a text is tokenised once, without special tokens, and cut into contiguous windows of ``seq_len`` tokens. The
+first token of a window is context only, every other token's loss counts once: where a window begins with BOS, that is
+every token of the text. Nothing is padded and nothing is skipped: a non-finite loss is an error that names the module
+and the window.
 """
 
 from __future__ import annotations
@@ -88,7 +89,10 @@ def perplexity(
 
 @torch.inference_mode()
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
-    """``prompt`` followed by what the model writes, greedily, in at most ``new_tokens`` tokens."""
+    """``prompt`` followed by what the model writes, greedily, in at most ``new_tokens`` tokens.
+
+    What ``tokenizer`` puts before a text by itself, BOS, stands before the prompt.
+    """
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     writer: Any = model  # PreTrainedModel's types do not know that causal models generate
     tokens = writer.generate(

@@ -40,6 +40,7 @@ REFUSED: dict[str, list[Any]] = {
     "prepare.load_dtype": ["float64"],
     "prepare.perturb": [-0.1, 11, "0.3", None],
     "calibrate.seq_len": [0, 1, "1024"],
+    "calibrate.bos": [True, "yes", None],
     "calibrate.calibration_windows": [0],
     "calibrate.validation_windows": [0],
     "calibrate.test_windows": [0],
@@ -220,10 +221,26 @@ def test_the_method_file_needs_a_file(content: dict[str, Any], problems: Problem
     assert line.startswith("train_ranks.file: null; method file needs the path")
 
 
-@pytest.mark.parametrize("splits", [{}, {"train": 0.5}, {"test": 0}, {"test": 1.5}, {"calibration": 0.7, "test": 0.7}])
-def test_bad_splits_name_the_text(splits: dict[str, float], content: dict[str, Any], problems: Problems) -> None:
-    content["data"]["wikipedia"]["splits"] = splits
-    assert any(line.startswith("data.wikipedia.splits") for line in problems(content))
+BAD_SPLITS: list[Any] = [{}, {"train": 0.5}, {"test": 0}, {"test": 1.5}, {"calibration": 0.7, "test": 0.7}]
+
+
+@pytest.mark.parametrize(("key", "value"), [*(("splits", shares) for shares in BAD_SPLITS), ("template", "chatml")])
+def test_a_bad_value_names_the_text(key: str, value: Any, content: dict[str, Any], problems: Problems) -> None:
+    content["data"]["wikipedia"][key] = value
+    assert any(line.startswith(f"data.wikipedia.{key}") for line in problems(content))
+
+
+def test_conversations_need_rows(content: dict[str, Any], problems: Problems, tmp_path: Path) -> None:
+    for text in content["data"].values():
+        text["template"] = "chat"
+    found = {line.split(" but ")[0] for line in problems(content)}
+    assert found == {f"data.{name}.template: chat," for name in content["data"]}
+    for source in ("hf:org/name@v1/train", "talk.jsonl", "talk.jsonl.bz2", "pypi:a==1/a/talk.parquet"):
+        for text in content["data"].values():
+            text["source"] = source
+        parameters.load.cache_clear()
+        (tmp_path / "good.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        assert parameters.load(tmp_path / "good.yaml").data["news"].template == "chat"
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/b", ""])

@@ -152,11 +152,11 @@ def test_split_of_one_takes_everything_verbatim() -> None:
 def test_read_divides_only_what_is_shared(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("one\n\ntwo\n")
-    assert read("a", Text(str(file), None, "text", {"test": 1.0})) == ["one\n\ntwo\n"]
-    assert len(read("a", Text(str(file), None, "text", {"test": 0.5}))) == 2
+    assert read("a", Text(str(file), None, "text", "none", {"test": 1.0})) == ["one\n\ntwo\n"]
+    assert len(read("a", Text(str(file), None, "text", "none", {"test": 0.5}))) == 2
     for name in ("../a", ".a", "a/b", ""):
         with pytest.raises(ConfigError, match="names a file"):
-            read(name, Text(str(file), None, "text", {"test": 1.0}))
+            read(name, Text(str(file), None, "text", "none", {"test": 1.0}))
 
 
 @settings(max_examples=40, deadline=None)
@@ -209,6 +209,21 @@ def test_drawn_windows() -> None:
     assert np.array_equal(again[0], windows)
     for seed, part in ((4, "calibration"), (3, "validation")):
         assert not np.array_equal(texts.draw_windows(tokens, 10, 15, seed, part)[0], windows)
+
+
+def test_windows_behind_bos() -> None:
+    """The text fills the other places: no token of it is lost between two windows, and none is in two."""
+    tokens = {"b": np.arange(1000, 1107, dtype=np.int32), "a": np.arange(100, 155, dtype=np.int32)}
+    windows, names = texts.draw_windows(tokens, 10, 16, 3, "calibration", {"b": 7})
+    assert windows.shape == (16, 10) and windows.dtype == np.int32 and sorted(set(names)) == ["a", "b"]
+    begun = np.array(names) == "b"
+    assert (windows[begun, 0] == 7).all() and (windows[~begun, 0] >= 100).all()
+    text = np.sort(windows[begun][:, 1:].reshape(-1))
+    assert text.size == 11 * 9 and (np.diff(text) == 1).all() and text[0] >= 1000
+    first = texts.first_windows("b", tokens["b"], 10, 11, 7)
+    assert (first[:, 0] == 7).all() and first[:, 1:].reshape(-1).tolist() == list(range(1000, 1099))
+    with pytest.raises(DataError, match=r"107 tokens \(11 windows of 10\), calibrate.test_windows = 12 needs 108"):
+        texts.first_windows("b", tokens["b"], 10, 12, 7)
 
 
 def test_too_short() -> None:

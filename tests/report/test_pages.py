@@ -285,3 +285,13 @@ def test_a_missing_spectrum_is_named(project: Project) -> None:
         report.read_spectra(file, ["model.layers.0.mlp.up_proj", "model.layers.9.x"], "two_sided")
     with pytest.raises(StorageError, match="not found; run: dvc repro capture"):
         report.read_spectra(root / "nowhere.safetensors", [], "two_sided")
+
+
+def test_the_report_says_what_windows_begin_with(usual: report.RenderedReport, project: Project) -> None:
+    root = project()
+    file = root / "artifacts/calibrate/calibrate.json"
+    file.write_text(json.dumps(read_json(file) | {"bos": {"news": "<bos>", "wikipedia": "<bos>"}}))
+    found = rendered(root)
+    assert "\nEvery window of news, wikipedia begins with `<bos>`.\n" in found.markdown
+    assert "Every window of news, wikipedia begins with <bos>." in Page(found.html).text
+    assert "begins with" not in usual.markdown + usual.html
