@@ -127,9 +127,9 @@ def small_model(kind: str) -> PreTrainedModel:
     return model
 
 
-def share_reached(model: PreTrainedModel, uncalled: Iterable[str]) -> float:
-    """How much of the parameters in the decoder blocks compression reaches, the linears ``uncalled`` left out."""
-    places = [place for name, place in matrices_of(model).items() if name not in set(uncalled)]
+def share_reached(model: PreTrainedModel, unreached: Iterable[str]) -> float:
+    """How much of the parameters in the decoder blocks compression reaches, without the linears ``unreached``."""
+    places = [place for name, place in matrices_of(model).items() if name not in set(unreached)]
     reached = sum(place.of(model.get_parameter(place.name)).numel() for place in places)
     return reached / sum(parameter.numel() for parameter in decoder_blocks(model)[1].parameters())
 

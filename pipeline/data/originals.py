@@ -19,7 +19,7 @@ from spectrim.compression.probe import probe
 from spectrim.errors import DataError, ModelError, SourceError, StorageError
 from spectrim.maths.perturbation import perturbed
 from spectrim.models.linearise import matrices_of
-from spectrim.models.modules import UNCALLED, decoder_blocks
+from spectrim.models.modules import UNREACHED, decoder_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -168,9 +168,9 @@ def write_prepared(source: Model, settings: Prepare, commit: str | None, folder:
     # save_pretrained notes the dtype of the file; from_pretrained computes in the one noted here
     config = read_json(folder / "config.json") | {"dtype": settings.load_dtype}
     write_json(folder / "config.json", config)
-    uncalled = probe(folder)
-    if uncalled:
-        write_json(folder / "config.json", config | {UNCALLED: uncalled})
+    unreached = probe(folder)
+    if unreached:
+        write_json(folder / "config.json", config | {UNREACHED: unreached})
     hashes = files_sha256(folder)
     facts = {
         "source": source.source,

@@ -2,7 +2,8 @@
 
     walk      blocks one after the other give what the whole model gives
     causal    a later token changes nothing before it
-    called    every matrix to be compressed is called by its block; one whose weight is only read is left dense
+    reached   a gradient reaches every matrix to be compressed; one whose weight is read without a call, or that only
+              chooses which tokens are seen, is left dense
     replaced  with low-rank factors in the place of one matrix of each kind, at full rank, the outputs stay
     cached    generating with a cache gives what generating without one gives
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import ModelError
 from spectrim.formats.kinds import kind_of
-from spectrim.models.blocks import BlockModel, observed
+from spectrim.models.blocks import BlockModel, hooked
 from spectrim.models.linearise import linearise
 from spectrim.models.modules import compressible_linears, replace
 
@@ -30,7 +31,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 @torch.no_grad()
 def probe(folder: Path, device: torch.device | str = "cpu") -> list[str]:
-    """Names of the linears that their blocks never call, of the model in ``folder``, for which all else holds.
+    """Names of the linears that no gradient reaches, of the model in ``folder``, for which all else holds.
 
     Raises:
         ModelError: something does not hold; says what, and by how much.
@@ -43,9 +44,9 @@ def probe(folder: Path, device: torch.device | str = "cpu") -> list[str]:
     expected = [model(input_ids=tokens, use_cache=False).logits for tokens in batches]
     _require_causal(model, batches[0], expected[0])
     _require_cache(model, batches[0])
-    uncalled = _walked(BlockModel(folder, device), batches, expected)
-    _require_replaceable(model, batches[0], expected[0], uncalled)
-    return uncalled
+    unreached = _walked(BlockModel(folder, device), batches, expected)
+    _require_replaceable(model, batches[0], expected[0], unreached)
+    return unreached
 
 
 def _random_tokens(model: Any) -> Iterator[Tensor]:
@@ -56,14 +57,19 @@ def _random_tokens(model: Any) -> Iterator[Tensor]:
 
 
 def _walked(model: BlockModel, batches: list[Tensor], expected: list[Tensor]) -> list[str]:
-    """Linears that no block calls while all batches go through the blocks, whose logits must be ``expected``."""
-    called: set[str] = set()
+    """Linears that no gradient reaches while all batches go through the blocks, whose logits must be ``expected``."""
+    reached: set[str] = set()
+
+    def note(name: str) -> Any:
+        return lambda module, args, output: reached.add(_of_all_experts(name)) if output.requires_grad else None
+
     for tokens, logits in zip(batches, expected, strict=True):
         try:
             hidden = model.embed(tokens)
-            for index in range(len(model.names)):
-                with model.resident(index), observed(model.linears[index], lambda name, _: called.add(name)):
-                    hidden = model.run(index, hidden)
+            for index, linears in enumerate(model.linears):
+                hooks = (linear.register_forward_hook(note(name)) for name, linear in linears.items())
+                with model.resident(index), hooked(hooks), torch.enable_grad():
+                    hidden = model.run(index, hidden.detach().requires_grad_()).detach()
             found = model.logits(tokens, hidden)
         except ModelError:
             raise
@@ -73,7 +79,6 @@ def _walked(model: BlockModel, batches: list[Tensor], expected: list[Tensor]) ->
                 "Such a model is not supported"
             ) from error
         _require_equal(model.model, "walked block by block", found, logits)
-    reached = {_of_all_experts(name) for name in called}
     names = [name for linears in model.linears for name in linears]
     return [name for name in names if _of_all_experts(name) not in reached]
 
@@ -109,11 +114,11 @@ def _require_cache(model: Any, tokens: Tensor) -> None:
     _require_equal(model, "generating with a cache", with_cache[:2], without[:2])  # later tokens may be others by a tie
 
 
-def _require_replaceable(model: Any, tokens: Tensor, expected: Tensor, uncalled: list[str]) -> None:
+def _require_replaceable(model: Any, tokens: Tensor, expected: Tensor, unreached: list[str]) -> None:
     linearise(model)
     linears, kinds = compressible_linears(model), dict[str, str]()
     for name in linears:
-        if name not in uncalled:
+        if name not in unreached:
             kinds.setdefault(re.sub(r"\.\d+", "", name), name)
     for name in kinds.values():
         replace(model, name, _at_full_rank(linears[name]))

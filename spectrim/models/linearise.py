@@ -41,7 +41,7 @@ def linearise(model: nn.Module) -> dict[str, Slice]:
         elif _is_conv1d(module):
             model.set_submodule(name, _linear(module.weight.mT, module.bias))
             found[f"{name}.weight"] = Slice(f"{name}.weight", transposed=True)
-        elif isinstance(module, nn.Linear) and type(module) is not nn.Linear and behaves_as_linear(type(module)):
+        elif _is_subclass(module):
             model.set_submodule(name, _linear(module.weight, module.bias))
     return found
 
@@ -101,6 +101,11 @@ def behaves_as_linear(kind: Any) -> bool:
         return False
     expected = functional.linear(x, module.weight, module.bias)
     return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-5)
+
+
+def _is_subclass(module: nn.Module) -> bool:
+    kind: Any = type(module)
+    return kind is not nn.Linear and issubclass(kind, nn.Linear) and behaves_as_linear(kind)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # spectrim/__init__.py loads this file while transformers its
     from transformers import PreTrainedModel
 
 
-UNCALLED = "spectrim_uncalled"
-"""Where the configuration of a prepared model lists the linears whose weights its blocks read without calling them."""
+UNREACHED = "spectrim_unreached"
+"""Where the configuration of a prepared model lists linears that no gradient reaches, see compression/probe.py."""
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -52,7 +52,7 @@ def linears_by_block(model: PreTrainedModel, exclude: Iterable[str] = ()) -> dic
 
     A linear is compressible when it is an ``nn.Linear`` inside a decoder block, its name matches none of the shell
     patterns in ``exclude``, it is no gate, for what chooses among experts, or weighs a shared one, is small and decides
-    much, and ``config.json`` does not list it under UNCALLED. A block whose linears are all excluded is present with an
+    much, and ``config.json`` does not list it under UNREACHED. A block whose linears are all excluded is present with an
     empty dictionary.
 
     Raises:
@@ -63,7 +63,7 @@ def linears_by_block(model: PreTrainedModel, exclude: Iterable[str] = ()) -> dic
     every: dict[str, dict[str, nn.Linear]] = {}
     for index, block in enumerate(blocks):
         layer = f"{prefix}.{index}"
-        dense = {f"{layer}.{name}" for name in gates_of(block)}.union(getattr(model.config, UNCALLED, ()))
+        dense = {f"{layer}.{name}" for name in gates_of(block)}.union(getattr(model.config, UNREACHED, ()))
         parts = {f"{layer}.{name}": part for name, part in block.named_modules() if type(part) is nn.Linear}
         every[layer] = {name: part for name, part in parts.items() if name not in dense}
     matched = {name: [p for p in patterns if fnmatchcase(name, p)] for linears in every.values() for name in linears}
