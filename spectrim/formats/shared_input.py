@@ -50,6 +50,7 @@ class SharedInput:
         self.last = (weakref.ref(x), version, [None if i == at else part for i, part in enumerate(parts)])
         return parts[at]
 
+    @torch.inference_mode(False)  # the members' weights outlive the call, and may be trained after it
     @torch.no_grad()
     def _join(self) -> None:
         ranks = [one.rank for one in self.members]

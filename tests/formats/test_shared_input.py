@@ -118,6 +118,16 @@ def test_gradients_are_those_of_each_by_itself() -> None:
         torch.testing.assert_close(one.grad, other.grad)
 
 
+def test_a_model_that_was_asked_in_inference_mode_is_trained_after_it() -> None:
+    alone, sharing = pair("float16")
+    for module in (alone, sharing):
+        with torch.inference_mode():
+            module(torch.ones(2, 32))
+        sum(y.square().sum() for y in module(torch.ones(2, 32))).backward()
+    for one, other in zip(alone.parameters(), sharing.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
 def test_threads_do_not_see_one_another() -> None:
     alone, sharing = pair("int8")
     compare(alone, sharing)  # together before the threads start
