@@ -19,7 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from spectrim.checkpoint.layout import HALF, METHOD, Entry, SpectrimConfig, by_module, check_half, check_matrix, headers
-from spectrim.errors import CheckpointError
+from spectrim.errors import CheckpointError, ModelError
 from spectrim.formats.coded_linear import CodedLinear
 from spectrim.formats.kinds import kind_of
 from spectrim.formats.shared_input import share
@@ -40,7 +40,7 @@ class SpectrimQuantizer(HfQuantizer):
 
     ``save_pretrained`` stores a model of a 16-bit dtype in that. Of any model it rounds the tensors of the listed
     matrices to the dtypes which they had in the file; of a float32 model it stores any other one in 16 bit exactly when
-    that loses nothing.
+    that loses nothing. What is offloaded is read for that, all of it at once.
     """
 
     requires_calibration = True  # a dense model is compressed by the pipeline, not while it loads
@@ -53,6 +53,13 @@ class SpectrimQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True  # 16-bit factors themselves, and adapters beside any format: gradients reach every input
 
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        module, _, suffix = param_name.rpartition(".")
+        coded = model.get_submodule(module)
+        if isinstance(coded, CodedLinear) and suffix == "weight":  # a byte a number once it is decoded
+            return coded.out_features * coded.in_features / max(param.numel(), 1)
+        return float(super().param_element_size(model, param_name, param))
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         if model.dtype in HALF.values():  # loaded or cast to it, and all 16-bit tensors of a file are of one dtype
             self.quantization_config.stored_dtype = str(model.dtype).removeprefix("torch.")
@@ -63,7 +70,7 @@ class SpectrimQuantizer(HfQuantizer):
             for name, matrix in self.quantization_config.listed.items()
             for suffix, dtype in FORMATS[matrix.format].dtypes().items()
         }
-        return _as_stored(model.state_dict(), half, of_matrices), {}
+        return _as_stored(_whole_state(model), half, of_matrices), {}
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **_: Any
@@ -112,6 +119,8 @@ class SpectrimQuantizer(HfQuantizer):
             module = kind(*size, matrix.rank, matrix.format, has_bias, device=weight.device, dtype=weight.dtype)
             if isinstance(module, CodedLinear):
                 module.expect(found["weight"][1][0])
+            for parameter in module.parameters():  # else transformers draws random numbers for what stays on the disk
+                setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - torch declares no such attribute
             replace(model, name, module)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -134,7 +143,13 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _plain_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    for name, module in [item for item in model.named_modules() if isinstance(item[1], StoredLinear)]:
+    stored = [item for item in model.named_modules() if isinstance(item[1], StoredLinear)]
+    if away := [name for name, module in stored if module.weight.is_meta]:
+        raise ModelError(
+            f"{away[0]}: its tensors are offloaded, as those of {len(away)} of {len(stored)} matrices, and a plain "
+            "weight needs them in memory; load the model without device_map, or with one that offloads nothing"
+        )
+    for name, module in stored:
         linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
         linear.weight = nn.Parameter(module.dense_weight().detach().to(dtype))
         linear.bias = module.bias
@@ -146,16 +161,27 @@ def _lay_out(model: PreTrainedModel) -> None:
     """Let every stored linear take on its order in memory; codes are decoded by as many threads as torch has."""
 
     def lay_out(name: str, module: StoredLinear) -> None:
-        offloaded = hasattr(module, "_hf_hook")  # accelerate puts the files' tensors into place for each call
         try:
-            module.lay_out(None if offloaded else model.dtype)
+            module.lay_out(model.dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{name}.weight: {error}; build or fetch the checkpoint again") from None
 
-    stored = [item for item in model.named_modules() if isinstance(item[1], StoredLinear)]
+    # of what is offloaded accelerate puts the files' tensors into place, for each call
+    items = [item for item in model.named_modules() if isinstance(item[1], StoredLinear)]
+    stored = [(name, module) for name, module in items if not module.weight.is_meta]
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         for done in [threads.submit(lay_out, *item) for item in stored]:
             done.result()
+
+
+def _whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's state_dict, with what accelerate has put away."""
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    state = model.state_dict()
+    away = {name for name, tensor in state.items() if tensor.is_meta}
+    state |= {name: load_offloaded_parameter(model, name) for name in away}
+    return state | {name: state[source] for name, source in model.all_tied_weights_keys.items() if name in away}
 
 
 def _as_stored(
