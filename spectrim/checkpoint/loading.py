@@ -2,11 +2,13 @@
 
 Importing this file registers the format; ``import spectrim`` arranges for that. Every listed linear is replaced by a
 ``StoredLinear`` on the meta device before transformers reads the weights, after the files' keys, shapes and dtypes
-have been compared with the model's: what transformers itself only warns about is an error here.
+have been compared with the model's: what transformers itself only warns about is an error here. Only heads may differ:
+a class that config.json does not name, such as the base model, gets what it has in common with the checkpoint.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -85,8 +87,12 @@ class SpectrimQuantizer(HfQuantizer):
         entries = headers(files)
         check_half(entries, self.quantization_config)
         linearise(model)
-        self._replace_linears(model, entries)
+        listed = self.quantization_config.listed
+        weights = _names_in(model, [f"{name}.weight" for name in listed])
+        places = {name: weights[f"{name}.weight"].removesuffix(".weight") for name in listed}
+        self._replace_linears(model, entries, places)
         _check_keys(model, entries)
+        self._rename_matrices(places)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         # transformers forbids quantized models half() and float(); here integers and scales stay as they are
@@ -96,17 +102,24 @@ class SpectrimQuantizer(HfQuantizer):
         share(same_input(model))
         return model
 
-    def _replace_linears(self, model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
+    def _rename_matrices(self, places: Mapping[str, str]) -> None:
+        """List the matrices under the names which the model has, and is saved with."""
+        config = self.quantization_config = copy.copy(self.quantization_config)
+        config.matrices = {places[name]: matrix for name, matrix in config.matrices.items()}
+
+    def _replace_linears(self, model: PreTrainedModel, entries: Mapping[str, Entry], places: Mapping[str, str]) -> None:
+        """Put a stored linear into the place, by name, of every listed matrix."""
         modules = by_module(entries)
         for name, matrix in self.quantization_config.listed.items():
             try:
-                linear = model.get_submodule(name)
+                linear = model.get_submodule(places[name])
             except AttributeError:
                 linear = None
             if type(linear) is not nn.Linear:
                 raise CheckpointError(
                     f"{name}: the checkpoint lists this linear, {type(model).__name__} has {type(linear).__name__}; "
-                    "load it with the class in config.json's architectures, such as AutoModelForCausalLM"
+                    "load it with the class in config.json's architectures, such as AutoModelForCausalLM, or with "
+                    "another one that keeps its base model under the same name"
                 )
             found = {suffix: entry[:2] for suffix, entry in modules.get(name, {}).items()}
             shape = check_matrix(name, matrix, found)
@@ -121,7 +134,7 @@ class SpectrimQuantizer(HfQuantizer):
                 module.expect(found["weight"][1][0])
             for parameter in module.parameters():  # else transformers draws random numbers for what stays on the disk
                 setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - torch declares no such attribute
-            replace(model, name, module)
+            replace(model, places[name], module)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # transformers passes on what it was given, "float16" as well as torch.float16
@@ -219,8 +232,8 @@ def _require_inside(files: Iterable[Path], folder: str | None) -> None:
             )
 
 
-def _check_keys(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
-    """Every tensor of the model must be in the files and the reverse, under the names transformers gives them."""
+def _names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Name of a tensor in the files -> its name in ``model``, as transformers finds it: a base model has no prefix."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -228,13 +241,29 @@ def _check_keys(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
     mapping = get_model_conversion_mapping(model)
     renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
     converters = [item for item in mapping if isinstance(item, WeightConverter)]
-    found = set()
-    for name in entries:
+    found = {}
+    for name in names:
         renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-        found.add(name if renamed not in expected and name in expected else renamed)
+        found[name] = name if renamed not in expected and name in expected else renamed
+    return found
+
+
+def _check_keys(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
+    """Every tensor of the model must be in the files and the reverse, under the names transformers gives them.
+
+    Of a class that is not the checkpoint's only the base model must: transformers initialises a head that the files
+    have not, leaves out one that the class has not, and reports both.
+    """
+    expected, found = model.state_dict(), set(_names_in(model, entries).values())
     missing = expected.keys() - found - model.all_tied_weights_keys.keys()
     missing = _unmatched(missing, model._keys_to_ignore_on_load_missing)
     unexpected = _unmatched(found - expected.keys(), model._keys_to_ignore_on_load_unexpected)
+    if type(model).__name__ not in (model.config.architectures or [type(model).__name__]):
+        base = f"{model.base_model_prefix}."
+        if model.base_model is not model:
+            missing = {name for name in missing if name.startswith(base)}
+        if any(name.startswith(base) for name in entries):  # else the files are those of a base model
+            unexpected = {name for name in unexpected if name.startswith(base)}
     if missing or unexpected:
         listed = [f"missing {name}" for name in sorted(missing)] + [f"unexpected {name}" for name in sorted(unexpected)]
         more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
