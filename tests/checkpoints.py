@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from spectrim.checkpoint.layout import Matrix
 from spectrim.checkpoint.saving import assemble
@@ -20,6 +20,7 @@ from spectrim.maths.lowrank import Factors
 from spectrim.maths.quantization import Quantized, dequantize, round_to_nearest
 from spectrim.maths.storage_formats import Grid
 from spectrim.maths.two_sided_rounding import side, two_sided_rounded
+from spectrim.models.linearise import linearise
 from spectrim.models.modules import compressible_linears
 from tests import tiny
 
@@ -31,9 +32,20 @@ TOKENS = torch.arange(2, 42).reshape(2, 20)
 Folders = dict[tuple[str, str], Path]
 
 
+def gpt2() -> PreTrainedModel:
+    """A model whose matrices are transposed linears, and whose base model has another name than "model"."""
+    torch.manual_seed(tiny.SEED)
+    config = GPT2Config(
+        vocab_size=tiny.VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=128, initializer_range=0.1,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
 def prepare(family: str, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
     """A dense folder as the pipeline prepares it: weights in ``dtype``, float32 in config.json."""
-    tiny.model(family).to(dtype).save_pretrained(folder)
+    model = gpt2() if family == "gpt2" else tiny.model(family)
+    model.to(dtype).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
@@ -75,6 +87,7 @@ def stored_linear(
 def chosen(dense: Path, format: Format) -> tuple[dict[str, Matrix], dict[str, Packed]]:
     """Every linear in ``format`` at one rank, the last one dense."""
     model = AutoModelForCausalLM.from_pretrained(dense)
+    linearise(model)
     matrices, packed = {}, {}
     for name, linear in compressible_linears(model).items():
         out_features, in_features = linear.weight.shape
@@ -102,6 +115,24 @@ def build_all(root: Path) -> Folders:
         made[family, format] = root / f"{family}-{format}"
         build(made[family, "prepared"], made[family, format], format)
     return made
+
+
+class Made(dict[tuple[str, str], Path]):
+    """(family, format or "prepared") -> folder, made when it is first asked for; families are tiny's and gpt2."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, key: tuple[str, Any]) -> Path:
+        family, format = key
+        folder = self.root / f"{family}-{format}"
+        if format == "prepared":
+            prepare(family, folder)
+        else:
+            build(self[family, "prepared"], folder, format)
+        self[key] = folder
+        return folder
 
 
 def logits(model: PreTrainedModel) -> Tensor:

@@ -7,23 +7,12 @@ nothing is known, and rounding or cutting would take them for worthless; in the 
 known. m pseudo-tokens of that mean cost an expert that saw enough nothing. One that saw none has the mean alone.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 ENOUGH = 8
 """Tokens for each feature, from which on a Gram stands for itself."""
-
-
-def layers_of(names: Iterable[str]) -> dict[str, list[str]]:
-    """The experts of each layer and kind: ``…experts.down_proj`` -> its linears, whose names end with a number."""
-    found = defaultdict[str, list[str]](list)
-    for name in names:
-        kind, _, index = name.rpartition(".")
-        if index.isdigit():
-            found[kind].append(name)
-    return dict(found)
 
 
 def shrunk(grams: Mapping[str, Tensor], tokens: Mapping[str, int], experts: Iterable[str]) -> dict[str, Tensor]:

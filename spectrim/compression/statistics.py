@@ -19,12 +19,13 @@ from safetensors import safe_open
 from scipy.linalg.blas import ssyrk
 from torch import Tensor, nn
 
-from spectrim.compression.expert_statistics import layers_of, shrunk
+from spectrim.compression.expert_statistics import shrunk
 from spectrim.errors import ModelError, NumericalError
 from spectrim.maths.losses import next_token_loss
 from spectrim.maths.lowrank import Factors, smaller_root, spectrum, two_sided
 from spectrim.maths.whitening import Whitener
 from spectrim.models.blocks import BlockModel, factored, hooked, observed
+from spectrim.models.experts import expert_groups
 
 LAST_HIDDEN = "last_hidden.safetensors"
 SYRK_FEATURES = 1024  # below, the general product with its better threading wins
@@ -129,7 +130,7 @@ def input_statistics(
             if not torch.isfinite(result.sum()):
                 raise NumericalError(_non_finite(model.names[index], result, part, "output"))
             output[part] = result.cpu()
-    for experts in layers_of(model.linears[index]).values():
+    for experts in _experts(model, index):
         sums |= shrunk(sums, tokens, experts)
         for name in experts:
             owners.setdefault(name, name)
@@ -193,7 +194,7 @@ def gradient_statistics(
             leaf = hidden[part].to(model.device).requires_grad_()
             output = model.run(index, leaf)
             below[part] = torch.autograd.grad(output, leaf, gradient[part].to(model.device))[0].cpu()
-    for experts in layers_of(model.linears[index]).values():
+    for experts in _experts(model, index):
         sums |= shrunk(sums, tokens, experts)
     return {f"gradient_gram.{name}": pack_symmetric(gram) for name, gram in sums.items()}, below
 
@@ -286,6 +287,12 @@ def _observed_gradients(
         return register
 
     return hooked(module.register_forward_hook(hook(name)) for name, module in linears.items())
+
+
+def _experts(model: BlockModel, index: int) -> list[list[str]]:
+    """The compressible linears of the experts of block ``index``, a list for each kind."""
+    groups = expert_groups(model.blocks[index], model.names[index])
+    return [[name for name in names if name in model.linears[index]] for names in groups]
 
 
 def _non_finite(name: str, values: Tensor, part: slice, what: str) -> str:

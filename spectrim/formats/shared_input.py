@@ -24,7 +24,8 @@ class SharedInput:
     """The right factors of ``members`` in one tensor, of which each member's ``weight`` is a part: no byte more.
 
     Whenever a member's weight has been replaced since (``to``, ``load_state_dict(assign=True)``), they are put together
-    anew. Not used where gradients are recorded or a graph is compiled.
+    anew. Not used where gradients are recorded or a graph is compiled. While the members' weights are not all on one
+    device, as accelerate offloads them, each multiplies by itself.
     """
 
     def __init__(self, members: Sequence[LowRankLinear]) -> None:
@@ -44,12 +45,16 @@ class SharedInput:
             if mine is not None:
                 return mine
         if self.places != self._places():
+            if any(one.weight.device != x.device for one in self.members):
+                self.weight, self.scale, self.places = None, None, []  # what is offloaded takes no memory here
+                return product(x, member.weight.mT, member.weight_scale)
             self._join()
         assert self.weight is not None
         parts = product(x, self.weight, self.scale).split([one.rank for one in self.members], -1)
         self.last = (weakref.ref(x), version, [None if i == at else part for i, part in enumerate(parts)])
         return parts[at]
 
+    @torch.inference_mode(False)  # the members' weights outlive the call, and may be trained after it
     @torch.no_grad()
     def _join(self) -> None:
         ranks = [one.rank for one in self.members]

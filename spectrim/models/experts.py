@@ -101,3 +101,13 @@ class ExpertLinears(nn.Module):
             if biases is not None:
                 linear.bias = nn.Parameter(biases.detach()[index].clone(), requires_grad=biases.requires_grad)
             yield linear
+
+
+def expert_groups(block: nn.Module, prefix: str) -> list[list[str]]:
+    """The linears of all experts of one kind in ``block``, whose name is ``prefix``: a list of names for each kind."""
+    return [
+        [f"{prefix}.{name}.{kind}.{index}" for index in range(len(module))]
+        for name, module in block.named_modules()
+        if isinstance(module, ExpertLinears)
+        for kind in (module.first, "down_proj")
+    ]

@@ -52,7 +52,7 @@ def linears_by_block(model: PreTrainedModel, exclude: Iterable[str] = ()) -> dic
 
     A linear is compressible when it is an ``nn.Linear`` inside a decoder block, its name matches none of the shell
     patterns in ``exclude``, it is no gate, for what chooses among experts, or weighs a shared one, is small and decides
-    much, and ``config.json`` does not list it under UNREACHED. A block whose linears are all excluded is present with an
+    much, and ``config.json`` does not name it as UNREACHED. A block whose linears are all excluded is present with an
     empty dictionary.
 
     Raises:

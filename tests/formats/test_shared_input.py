@@ -118,6 +118,33 @@ def test_gradients_are_those_of_each_by_itself() -> None:
         torch.testing.assert_close(one.grad, other.grad)
 
 
+def test_a_model_that_was_asked_in_inference_mode_is_trained_after_it() -> None:
+    alone, sharing = pair("float16")
+    for module in (alone, sharing):
+        with torch.inference_mode():
+            module(torch.ones(2, 32))
+        sum(y.square().sum() for y in module(torch.ones(2, 32))).backward()
+    for one, other in zip(alone.parameters(), sharing.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_members_on_several_devices_multiply_by_themselves_and_hold_nothing_together() -> None:
+    alone, sharing = pair("int8")
+    compare(alone, sharing)
+    shared = sharing.q_proj.shared
+    assert isinstance(shared, SharedInput) and shared.weight is not None
+    key = sharing.k_proj.weight
+    sharing.k_proj.weight = nn.Parameter(key.to("meta"), requires_grad=False)
+    with torch.no_grad():
+        x = torch.randn(1, 32)
+        for name in ("q_proj", "v_proj"):
+            torch.testing.assert_close(getattr(sharing, name)(x), getattr(alone, name)(x))
+    assert shared.weight is None and shared.scale is None
+    sharing.k_proj.weight = key
+    compare(alone, sharing)
+    assert shared.weight is not None
+
+
 def test_threads_do_not_see_one_another() -> None:
     alone, sharing = pair("int8")
     compare(alone, sharing)  # together before the threads start
