@@ -51,7 +51,6 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "bos_token_id"), 1),
     "index_n_heads": 2,
     "index_head_dim": 16,
-    "index_topk": 8,
     "vocab_size": 128,
     "vocab_size_per_layer_input": 128,
     "hidden_size_per_layer_input": 8,

@@ -27,7 +27,7 @@ from spectrim.formats.kinds import kind_of
 from spectrim.formats.shared_input import share
 from spectrim.formats.stored_linear import StoredLinear, narrow
 from spectrim.maths.storage_formats import FORMATS
-from spectrim.models.linearise import linearise
+from spectrim.models.linearise import linearise, restore
 from spectrim.models.modules import replace, same_input
 
 if TYPE_CHECKING:  # this file is loaded while transformers itself is being imported
@@ -143,7 +143,7 @@ class SpectrimQuantizer(HfQuantizer):
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` with its weight in a plain ``nn.Linear`` for every matrix in a storage format, changed in place.
+    """``model`` with plain weights where there were matrices in a storage format, changed in place.
 
     Products are formed in float32 and stored in the model's dtype; biases stay. What remains is an ordinary model that
     ``save_pretrained`` writes without a trace of Spectrim, with the bytes of the dense model.
@@ -167,6 +167,7 @@ def _plain_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMode
         linear.weight = nn.Parameter(module.dense_weight().detach().to(dtype))
         linear.bias = module.bias
         replace(model, name, linear.train(module.training))
+    restore(model)
     return model
 
 

@@ -26,7 +26,10 @@ from spectrim.models.modules import compressible_linears, replace
 
 BATCH, SEQ_LEN, NEW_TOKENS = 2, 16, 3
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference of logits, relative to the largest logit."""
+"""Largest difference of logits, relative to the largest logit, where the same products are to give the same."""
+
+CACHED = 1e-2
+"""The same between a cached step and a whole pass, whose sums have another order: experts may be chosen otherwise."""
 
 
 @torch.no_grad()
@@ -112,7 +115,8 @@ def _require_cache(model: Any, tokens: Tensor) -> None:
         return torch.stack(found.logits)
 
     with_cache, without = generated(True), generated(False)
-    _require_equal(model, "generating with a cache", with_cache[:2], without[:2])  # later tokens may be others by a tie
+    tolerance = max(CACHED, TOLERANCE[without.dtype])
+    _require_equal(model, "generating with a cache", with_cache[:2], without[:2], tolerance=tolerance)
 
 
 def _require_replaceable(model: Any, tokens: Tensor, expected: Tensor, unreached: list[str]) -> None:
@@ -141,9 +145,11 @@ def _at_full_rank(linear: nn.Linear) -> nn.Module:
     return kind_of("float16").from_tensors({"left": left, "weight": right}, "float16", out, in_, linear.bias)
 
 
-def _require_equal(model: Any, when: str, found: Tensor, expected: Tensor, cause: str = "") -> None:
+def _require_equal(
+    model: Any, when: str, found: Tensor, expected: Tensor, cause: str = "", tolerance: float = 0
+) -> None:
     difference = _difference(found, expected)
-    if not difference <= TOLERANCE[expected.dtype]:
+    if not difference <= (tolerance or TOLERANCE[expected.dtype]):
         raise ModelError(
             f"{_called(model)}: {when}, its logits differ by {difference:.2g} of the largest"
             f"{'; ' + cause if cause else '. Such a model is not supported'}"

@@ -88,6 +88,18 @@ class ExpertLinears(nn.Module):
                 if self.has_bias:
                     yield f"{prefix}.{name}.{index}.bias", Slice(f"{prefix}.{name}_bias", index)
 
+    def joined_in(self, original: Any) -> nn.Module:
+        """``original``, a module as this one was made of, with all its parameters put together from the linears."""
+        for name in (self.first, "down_proj"):
+            linears: Any = self.get_submodule(name)
+            weights = torch.stack([linear.weight.detach() for linear in linears])
+            setattr(original, name, nn.Parameter(weights.mT.contiguous() if self.transposed else weights))
+            if self.has_bias:
+                biases = torch.stack([linear.bias.detach() for linear in linears])
+                setattr(original, f"{name}_bias", nn.Parameter(biases))
+        joined: nn.Module = original.train(self.training)
+        return joined
+
     def _lists(self) -> tuple[nn.ModuleList, nn.ModuleList]:
         first, down = self.get_submodule(self.first), self.get_submodule("down_proj")
         assert isinstance(first, nn.ModuleList) and isinstance(down, nn.ModuleList)

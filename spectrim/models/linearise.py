@@ -46,16 +46,28 @@ def linearise(model: nn.Module) -> dict[str, Slice]:
     return found
 
 
+def restore(model: PreTrainedModel) -> None:
+    """Undo ``linearise`` in place: every module of the original's kind again, around the weights of its linears."""
+    twin = _on_meta(model)
+    for name, original in list(twin.named_modules()):
+        if is_experts(original):
+            experts: Any = model.get_submodule(name)
+            model.set_submodule(name, experts.joined_in(original))
+        elif _is_conv1d(original):
+            linear: Any = model.get_submodule(name)
+            conv: Any = original
+            conv.weight = nn.Parameter(linear.weight.detach().mT.contiguous(), linear.weight.requires_grad)
+            conv.bias = linear.bias
+            model.set_submodule(name, conv.train(linear.training))
+
+
 def matrices_of(model: PreTrainedModel) -> dict[str, Slice]:
     """Every compressible linear that ``linearise`` would make -> where ``model``, left as it is, has its weight.
 
     Raises:
         ModelError: there is none.
     """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        twin = type(model)(model.config)
+    twin = _on_meta(model)
     found = linearise(twin)
     weights = {name: f"{name}.weight" for name in compressible_linears(twin)}
     return {name: found.get(weight, Slice(weight)) for name, weight in weights.items()}
@@ -101,6 +113,14 @@ def behaves_as_linear(kind: Any) -> bool:
         return False
     expected = functional.linear(x, module.weight, module.bias)
     return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-5)
+
+
+def _on_meta(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as its class makes it, without weights."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return type(model)(model.config)
 
 
 def _is_subclass(module: nn.Module) -> bool:
