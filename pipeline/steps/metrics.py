@@ -36,12 +36,8 @@ def collect(
         tasks: task -> ``Score`` of the compressed model, on the tasks of ``baseline``.
         generation: what the compressed model wrote.
     """
-    n_reached = stored["dense_linears_16bit"] // 2
     found = {
-        "reach": {
-            "of_parameters": n_reached / model["n_parameters"],
-            "of_blocks": n_reached / model["n_block_parameters"],
-        },
+        "reach": _reach(stored, model),
         "ratio": {"target": target_ratio, "file": stored["ratio"], "memory": stored["memory_ratio"]},
         "bytes": {
             "dense_file_16bit": 2 * model["n_parameters"],
@@ -112,6 +108,12 @@ def pivoting(matrices: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None
         "largest_condition": {"name": worst, "value": pivoted[worst]["condition"]},
         "exchanges": {name: row["exchanges"] for name, row in pivoted.items() if row["exchanges"]},
     }
+
+
+def _reach(stored: Mapping[str, Any], model: Mapping[str, int]) -> dict[str, float]:
+    """The share of all parameters, and of those in the blocks, that is in compressible linears."""
+    count = stored["dense_linears_16bit"] // 2
+    return {"of_parameters": count / model["n_parameters"], "of_blocks": count / model["n_block_parameters"]}
 
 
 def _task(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,3 +114,14 @@ def test_the_choice_of_rows_is_reported_with_every_exchange(metrics: dict[str, A
     metrics["pivoting"]["exchanges"] = {"layers.0.q_proj": 2, "layers.3.o_proj": 1}
     exchanged = "the stronger pivoting exchanged 3 rows of layers.0.q_proj, layers.3.o_proj"
     assert notes.pivoting_note(metrics) == note + exchanged
+
+
+@pytest.mark.parametrize(("of_blocks", "said"), [(0.97, False), (0.9, False), (0.8999, True), (0.02, True)])
+def test_what_compression_does_not_reach_is_said(metrics: dict[str, Any], of_blocks: float, said: bool) -> None:
+    metrics["reach"] = {"of_blocks": of_blocks, "of_parameters": of_blocks / 2}
+    note = notes.reach_note(metrics)
+    assert (note is not None) == said
+    if note:
+        assert (
+            f"{100 * of_blocks:.1f} % of the parameters in the decoder blocks and {50 * of_blocks:.1f} % of all" in note
+        )

@@ -122,7 +122,7 @@ def test_every_text_has_its_own_columns(metrics: dict[str, Any]) -> None:
     table = tables.perplexity_table(metrics)
     assert table.columns[4:] == ("wikipedia", "against dense", "news", "against dense")
     assert table.rows[1][6:] == ("50.00", "+100.0 % (+55.2 to +65.1)")
-    assert len(tables.headlines(metrics)) == 6
+    assert len(tables.headlines(metrics)) == 7
 
 
 def test_candidates_are_ordered_by_validation_loss(ranks: dict[str, Any]) -> None:

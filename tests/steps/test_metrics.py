@@ -45,7 +45,8 @@ def save_compressed(prepared: Path, destination: Path) -> None:
         left, sigma, right = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
         packed[name] = pack(Factors(left[:, :RANK] * sigma[:RANK], right[:RANK]), "float16")
     matrices = {name: Matrix("float16", RANK) for name in linears}
-    assemble(prepared, destination, packed, matrices, ratio_target=0.5, provenance={})
+    provenance = {"model": {"n_parameters": 4_000, "n_block_parameters": 2_000}}
+    assemble(prepared, destination, packed, matrices, ratio_target=0.5, provenance=provenance)
 
 
 @pytest.fixture
@@ -96,7 +97,13 @@ def test_metrics_hold_both_models_on_the_same_tokens(project: Path) -> None:
     stored = read_bytes(Path("artifacts/remap"))
     of_file = pytest.approx(stored["ratio"], rel=1e-5)
     assert metrics["ratio"] == {"target": 0.5, "file": of_file, "memory": of_file}
-    assert metrics["bytes"] == {name: stored[name] for name in ("file", "linears", "memory", "dense_linears_16bit")}
+    assert metrics["bytes"] == {
+        "dense_file_16bit": 8_000,
+        **{name: stored[name] for name in ("file", "linears", "memory", "dense_linears_16bit")},
+    }
+    numbers = stored["dense_linears_16bit"] / 2
+    reach = {"of_parameters": numbers / 4_000, "of_blocks": numbers / 2_000}
+    assert metrics["reach"] == pytest.approx(reach, rel=1e-4)
     adds = {"dense": stored["dense_linears_16bit"] // 2, "compressed": stored["multiply_adds"]}
     assert metrics["multiply_adds"] == adds and adds["compressed"] < adds["dense"]
     models = {"dense": Path("artifacts/prepare"), "compressed": Path("artifacts/remap")}
