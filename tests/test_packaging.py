@@ -24,7 +24,7 @@ from tests.tiny import REPOSITORY, process_environment
 NOT_LOCKED = {"bitsandbytes"}  # extras that no default asks for and whose packages are large: 125 MB on disk
 OURS = {"spectrim", "pipeline", "stages", "benchmarks", "tests"}
 BROUGHT = {"triton", "vllm", "lm_eval"}  # the library meets them only inside torch for CUDA, vLLM and the harness
-NOT_IMPORTED = {"dvc", "fastapi", "gguf"}  # a command; held back for Prefect; transformers reads .gguf files by it
+NOT_IMPORTED = {"dvc", "fastapi"}  # a command; held back for Prefect
 
 
 @pytest.fixture(scope="module")

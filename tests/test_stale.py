@@ -32,7 +32,7 @@ STORED = set(COMPUTED_IN)
 # file -> the stages that DVC must name and the store must compute anew, and those that neither may touch
 MUTATIONS: dict[str, tuple[set[str], set[str]]] = {
     "spectrim/maths/subspace.py": ({"update_weights"}, {"prepare", "calibrate", "capture", "baseline", "report"}),
-    "spectrim/models/blocks.py": ({"capture", "update_weights"}, {"prepare", "calibrate", "report"}),
+    "spectrim/models/blocks.py": ({"prepare", "capture", "update_weights"}, {"calibrate", "report"}),
     "spectrim/formats/shared_input.py": ({"evaluate"}, {"prepare", "calibrate", "capture", "baseline", "report"}),
     "spectrim/formats/quantized_linear.py": ({"evaluate"}, {"prepare", "calibrate", "capture", "baseline", "report"}),
     "spectrim/formats/products.py": ({"update_weights", "evaluate"}, {"prepare", "capture", "baseline", "report"}),

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from spectrim.errors import ModelError
-from spectrim.formats.kinds import kind_of
 from spectrim.models.blocks import BlockModel, hooked
 from spectrim.models.linearise import linearise
 from spectrim.models.modules import compressible_linears, replace
@@ -126,7 +126,7 @@ def _require_replaceable(model: Any, tokens: Tensor, expected: Tensor, unreached
         if name not in unreached:
             kinds.setdefault(re.sub(r"\.\d+", "", name), name)
     for name in kinds.values():
-        replace(model, name, _at_full_rank(linears[name]))
+        replace(model, name, _Factored(linears[name]))
     try:
         found = model(input_ids=tokens, use_cache=False).logits
     except Exception as error:
@@ -137,12 +137,19 @@ def _require_replaceable(model: Any, tokens: Tensor, expected: Tensor, unreached
     _require_equal(model, "with factors of full rank in the place of one linear of each kind", found, expected)
 
 
-def _at_full_rank(linear: nn.Linear) -> nn.Module:
-    weight = linear.weight
-    unit = torch.eye(min(weight.shape), dtype=weight.dtype, device=weight.device)
-    left, right = (weight, unit) if weight.shape[1] <= weight.shape[0] else (unit, weight.mT)
-    out, in_ = weight.shape
-    return kind_of("float16").from_tensors({"left": left, "weight": right}, "float16", out, in_, linear.bias)
+class _Factored(nn.Module):
+    """y = x weightᵀ leftᵀ + bias at full rank, with the right factor under the name that the formats give it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight, bias = linear.weight, linear.bias
+        unit = torch.eye(min(weight.shape), dtype=weight.dtype, device=weight.device)
+        left, right = (weight, unit) if weight.shape[1] <= weight.shape[0] else (unit, weight)
+        self.weight, self.left = nn.Parameter(right), nn.Parameter(left)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(functional.linear(x, self.weight), self.left, self.bias)
 
 
 def _require_equal(
