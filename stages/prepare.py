@@ -8,7 +8,7 @@ params  model, prepare
 from functools import partial
 
 from pipeline.config.params import load
-from pipeline.data.originals import write_prepared
+from pipeline.data.prepared import write_prepared
 from pipeline.runtime.artifacts import artifact, fresh_folder, read_json
 from pipeline.runtime.console import run
 from pipeline.runtime.layers import keyed, run_layers

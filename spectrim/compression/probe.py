@@ -140,6 +140,8 @@ def _require_replaceable(model: Any, tokens: Tensor, expected: Tensor, unreached
 class _Factored(nn.Module):
     """y = x weightᵀ leftᵀ + bias at full rank, with the right factor under the name that the formats give it."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight, bias = linear.weight, linear.bias

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig
 
 from pipeline.config.sections import Model, Prepare
-from pipeline.data.originals import load_original, write_prepared
+from pipeline.data.originals import load_original
+from pipeline.data.prepared import write_prepared
 from spectrim.errors import ModelError, SourceError
 from tests import tiny
 from tests.data.folders import change_config, pickle_weights
