@@ -3,8 +3,7 @@
     python -m benchmarks.frontier          docs/frontier.csv -> docs/frontier.svg
 
 The numbers are those of `dvc repro`, of the presets and of benchmarks/controls.py. A series is one method at several
-ratios; what has no series stands by itself; ``lift`` moves a name that would cover another one, in points. Nothing here
-is computed: measure, then change the table.
+ratios; what has no series stands by itself. Nothing here is computed: measure, then change the table.
 """
 
 import csv
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.report.figures import ACCENT, INK, QUANTIZED, canvas, drawn, standalone
+from pipeline.report.sizes import Label, place_labels
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SERIES = {"coded": ACCENT, "mixed": "#24a89a"}
-TOP = 40.0
+TOP = 34.0
 """Perplexity beyond which nobody takes a model."""
 
 
@@ -30,7 +30,6 @@ class Measured(NamedTuple):
     wikipedia: float
     news: float
     wikitext2: float
-    lift: float
 
 
 def measured(file: Path = DOCS / "frontier.csv") -> list[Measured]:
@@ -43,31 +42,26 @@ def measured(file: Path = DOCS / "frontier.csv") -> list[Measured]:
 @drawn("frontier")
 def frontier(rows: Sequence[Measured]) -> Any:
     """Two panels on one axis of perplexity, logarithmic."""
-    figure = canvas(10.5, 4.2)
+    figure = canvas(11, 5.4)
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, size, title in zip(panels, ("file", "memory"), ("in the file", "in memory"), strict=True):
+    sizes = ("file", "memory")
+    for axes, size, title in zip(panels, sizes, ("in the file", "in memory"), strict=True):
         for row in rows:
-            _point(axes, getattr(row, size), row)
+            ours = row.series in SERIES
+            color = SERIES.get(row.series, INK if row.name.startswith("dense") else QUANTIZED)
+            axes.plot([getattr(row, size)], [row.wikitext2], "o", color=color, markersize=7 if ours else 5.5)
         for series, color in SERIES.items():
             line = sorted((getattr(row, size), row.wikitext2) for row in rows if row.series == series)
             axes.plot([x for x, _ in line], [y for _, y in line], color=color, linewidth=1.6, zorder=1)
-        axes.set(title=f"Perplexity over MB of the linears {title}", yscale="log", xlim=(20, 245))
+        axes.set(title=f"Perplexity over MB of the linears {title}", yscale="log", xlim=(20, 230))
         axes.set_ylim(rows[0].wikitext2 * 0.975, TOP)
-        axes.set_yticks(ticks := [23, 25, 28, 32, 36, 40], [str(tick) for tick in ticks])
+        axes.set_yticks(ticks := [23, 25, 28, 32], [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.grid(visible=True)
+    for axes, size in zip(panels, sizes, strict=True):
+        shown = [row for row in rows if row.wikitext2 < TOP]
+        place_labels(axes, [Label(row.name, getattr(row, size), row.wikitext2, row.series in SERIES) for row in shown])
     return figure
-
-
-def _point(axes: Any, x: float, row: Measured) -> None:
-    ours = row.series in SERIES
-    color = SERIES.get(row.series, INK if row.name.startswith("dense") else QUANTIZED)
-    axes.plot([x], [row.wikitext2], "o", color=color, markersize=7 if ours else 5.5)
-    if row.wikitext2 < TOP:
-        axes.annotate(
-            row.name, (x, row.wikitext2), xytext=(7, row.lift), textcoords="offset points", va="center", fontsize=8,
-            fontweight="bold" if ours else "normal",
-        )  # fmt: skip
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Ranks, spectra, training and size against perplexity -> SVG that reads well on light and on dark paper.
+"""Ranks, spectra and training -> SVG that reads well on light and on dark paper.
 
 Ink is drawn in one marker colour that becomes ``currentColor``, and the paper stays transparent: the page that embeds a
 figure decides both. ``standalone`` gives a figure its own ink and paper for use as a file. The same inputs give the
@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from pipeline.report.matrices import RankedMatrix, by_kind
-from pipeline.report.tables import SizePoint, number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -197,24 +196,6 @@ def refinement_figure(curve: "Mapping[str, np.ndarray]") -> "Figure":
     return figure
 
 
-@drawn("size")
-def size_figure(points: Sequence[SizePoint], dense_bytes: int) -> "Figure":
-    """Perplexity (log) over the bytes of the linears, one panel per text, every model named at its point.
-
-    A disc stands at the bytes in the file, a ring at those in memory where they are others.
-    """
-    texts = list(points[0].perplexity)
-    n_columns = min(2, len(texts))
-    n_rows = -(-len(texts) // n_columns)
-    figure = canvas(5.6 * n_columns, 3.4 * n_rows)
-    panels = figure.subplots(n_rows, n_columns, squeeze=False)
-    for axes, text in zip(panels.flat, texts, strict=False):
-        _size_panel(axes, text, points, dense_bytes / 1e6)
-    for axes in list(panels.flat)[len(texts) :]:
-        axes.set_visible(False)
-    return figure
-
-
 def smooth(values: "np.ndarray") -> "np.ndarray":
     """Centred running mean over a tenth of the curve; windows shrink at both ends instead of padding."""
     import numpy as np
@@ -268,40 +249,3 @@ def _depth_legend(figure: "Figure", depth: Any, layers: Sequence[int]) -> None:
     handles = [Line2D([], [], color=depth(layer / last), label=f"layer {layer}") for layer in layers]
     handles.append(Line2D([], [], color=INK, alpha=0.3, label="cut away"))
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=8)
-
-
-def _size_panel(axes: "Axes", text: str, points: Sequence[SizePoint], dense: float) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    for name, ratio, memory_ratio, values, _ in points:
-        ours, plain = name == "Spectrim", name.startswith("dense")
-        color = ACCENT if ours else INK if plain else QUANTIZED
-        if plain:
-            axes.axhline(values[text], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.5)
-        size = 10 if ours else 7
-        axes.plot([ratio * dense], [values[text]], "o", color=color, markersize=size)
-        if memory_ratio != ratio:
-            axes.plot([memory_ratio * dense], [values[text]], "o", color=color, markersize=size, fillstyle="none")
-            axes.annotate(
-                "in memory", (memory_ratio * dense, values[text]), xytext=(0, -14), textcoords="offset points",
-                ha="center", fontsize=8.5,
-            )  # fmt: skip
-        # beside the point there is no room, or the line of the dense model
-        above = ratio > 0.7 or values[text] < 1.01 * points[0].perplexity[text]
-        axes.annotate(
-            f"{name} {number(values[text])}",
-            (ratio * dense, values[text]),
-            xytext=(0, 9) if above else (9, 0),
-            textcoords="offset points",
-            ha="center" if above else "left",
-            va="bottom" if above else "center",
-            fontsize=8.5,
-            fontweight="bold" if ours else "normal",
-        )
-    values_here = [point.perplexity[text] for point in points]
-    axes.set(title=text, yscale="log", xlabel="bytes of the compressed linears, MB", ylabel="perplexity (log)")
-    axes.set(xlim=(0, 1.14 * dense), ylim=(min(values_here) / 1.15, max(values_here) * 1.5))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid()

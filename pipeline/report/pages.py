@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.params import Params
-from pipeline.report import figures, notes, tables
+from pipeline.report import figures, notes, sizes, tables
 from pipeline.report.matrices import RankedMatrix, read_matrices
 from pipeline.steps.metrics import significant
 from spectrim.errors import StorageError
@@ -57,7 +57,7 @@ def render(
     metric, meaning = METRICS[params.train_ranks.whitening]
     energies = {matrix.name: discarded(matrix, spectra[matrix.name]) for matrix in found}
     drawn = {
-        "size": figures.size_figure(tables.points(metrics), metrics["bytes"]["dense_linears_16bit"]),
+        "size": sizes.size_figure(tables.points(metrics), metrics["bytes"]["dense_linears_16bit"]),
         "ranks": figures.ranks_figure(found),
         "spectra": figures.spectra_figure(found, spectra, metric),
     }

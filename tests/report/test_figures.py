@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pipeline.report import figures, tables
+from pipeline.report import figures, sizes, tables
 from pipeline.report.matrices import RankedMatrix, read_matrices
 from tests import report_project
 
@@ -35,7 +35,7 @@ def drawn(spectra: dict[str, np.ndarray], matrices: list[RankedMatrix]) -> dict[
         "spectra": figures.spectra_figure(matrices, spectra, "two-sided metric"),
         "training": figures.training_figure(curve, 0.8),
         "refinement": figures.refinement_figure({"step": steps, "loss": steps, "validation_loss": 4 - steps / 10}),
-        "size": figures.size_figure(tables.points(metrics), metrics["bytes"]["dense_linears_16bit"]),
+        "size": sizes.size_figure(tables.points(metrics), metrics["bytes"]["dense_linears_16bit"]),
     }
 
 
