@@ -22,26 +22,33 @@ from pipeline.runtime.devices import resolve
 from pipeline.runtime.layers import keyed, run_layers
 from pipeline.runtime.store import LayerStore, key, link_or_copy
 from pipeline.steps.spectra_file import Tokens, write_spectra
-from pipeline.steps.walk import Walk
+from pipeline.steps.walk import BlockWalk, Walk, WholeWalk
 from spectrim.models.blocks import BlockModel
+from spectrim.models.whole import WholeModel
 
 Compute = Callable[[Path], None]
 
 
 def main() -> None:
-    """Capture input Grams, output-gradient Grams and whitened factors, block by block."""
+    """Capture input Grams, output-gradient Grams and whitened factors, one file per block."""
     params, store = load(), LayerStore()
     settings, exclude = params.capture, params.compression.exclude
     windows = load_windows(artifact("calibrate") / "calibration.parquet")
-    model = BlockModel(artifact("prepare"), resolve(params.runtime.device), tuple(exclude))
+    prepared = read_json(artifact("prepare") / "prepare.json")
+    walk = prepared["walk"] if settings.walk == "auto" else settings.walk
+    kind = WholeModel if walk == "whole" else BlockModel
+    model = kind(artifact("prepare"), resolve(params.runtime.device), tuple(exclude))
     identity = [
-        read_json(artifact("prepare") / "prepare.json")["model_sha256"],
+        prepared["model_sha256"],
         read_json(artifact("calibrate") / "calibrate.json")["calibration"]["tokens_sha256"],
-        [exclude, settings.gradient_windows, settings.gradient_seq_len, settings.batch_size, str(model.device)],
+        [exclude, settings.gradient_windows, settings.gradient_seq_len, settings.batch_size, str(model.device), walk],
     ]
-    shape = (settings.gradient_windows, settings.gradient_seq_len, settings.batch_size)
-    walker = Walk(model, windows, *shape, store, key("capture", "walk", code_digest(Walk), *identity))
-    damping = (settings.damping, settings.max_damping)
+    walker: Walk
+    if isinstance(model, WholeModel):
+        walker = WholeWalk(model, windows, settings)
+    else:
+        name = key("capture", "walk", code_digest(BlockWalk), *identity)
+        walker = BlockWalk(model, windows, settings, store, name)
 
     def phase(name: str, compute: Callable[[int], Compute], order: range, *extra: float, ordered: bool) -> list[Path]:
         """One file per block: what ``compute(index)(folder)`` writes, block by block in ``order``."""
@@ -54,9 +61,9 @@ def main() -> None:
     gradients = phase("gradients", partial(partial, walker.gradients), forward[::-1], ordered=True)
 
     def decompose(i: int) -> Compute:
-        return partial(walker.factors, i, inputs[i], gradients[i], *damping)
+        return partial(walker.factors, i, inputs[i], gradients[i])
 
-    factors = phase("factors", decompose, forward, *damping, ordered=False)
+    factors = phase("factors", decompose, forward, settings.damping, settings.max_damping, ordered=False)
     with fresh_folder(artifact("capture")) as out:
         spectra: dict[str, Tensor] = {}
         for i in forward:
@@ -65,7 +72,7 @@ def main() -> None:
             tensors = load_file(factors[i])
             spectra |= {name: tensors[name] for name in tensors if name.startswith(("two_sided.", "input."))}
         write_spectra(out, spectra, Tokens(windows.numel(), walker.graded.numel()))
-        write_json(out / "capture.json", {"files": files_sha256(out)})
+        write_json(out / "capture.json", {"walk": walk, "files": files_sha256(out)})
     walker.clear()
 
 

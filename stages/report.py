@@ -1,7 +1,7 @@
 """The report of a run: tables, figures and a generation sample, as markdown and as one self-contained HTML page.
 
 reads   reports/metrics.json, reports/speed.json, artifacts/train_ranks (ranks.json, curve.csv),
-        artifacts/capture/spectra.safetensors, artifacts/calibrate/calibrate.json,
+        artifacts/capture (capture.json, spectra.safetensors), artifacts/calibrate/calibrate.json,
         artifacts/update_weights (refinement.csv, summary.json)
 writes  reports/report.md, reports/report.html, reports/figures
 params  report, model, compression, train_ranks, update_weights, remap, evaluate

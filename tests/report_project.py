@@ -138,6 +138,7 @@ def write(root: Path, *, n_blocks: int = 30, chosen: str = "gates", trained: boo
         f"{metric}.{name}": torch.tensor(sigma) for name, sigma in sigmas.items() for metric in ("two_sided", "input")
     }
     write_spectra(root / "artifacts/capture", stored, Tokens(65536, 16384))
+    _json(root / "artifacts/capture/capture.json", {"walk": "blocks"})
     splits = {"calibration": 64, "validation": 8}
     _json(
         root / "artifacts/calibrate/calibrate.json",

@@ -8,13 +8,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from spectrim.compression import statistics as captured
-from spectrim.compression.refinement import LearningRates, StoredTraining, attach_factors, leaving
+from spectrim.compression.refinement import LearningRates, StoredTraining, attach_factors
 from spectrim.compression.truncated import GatedLinear, attach_truncated
 from spectrim.evaluation.perplexity import perplexity
 from spectrim.evaluation.speed import peak_bytes, throughput, weight_bytes
 from spectrim.maths.budget import Format
 from spectrim.maths.lowrank import asvd, closed_form, plain_svd, svd_llm_cholesky, svd_llm_v2, truncate, two_sided
-from spectrim.models.blocks import BlockModel
+from spectrim.models.blocks import BlockModel, leaving
 from spectrim.models.modules import compressible_linears
 from tests import reference, tiny
 from tests.checkpoints import FORMATS, TOKENS, Folders, build_all, logits, truncated

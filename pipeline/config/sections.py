@@ -169,8 +169,12 @@ class Calibrate:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Capture:
-    """Gradient Grams: the first ``gradient_windows`` windows of ``gradient_seq_len`` tokens. Damping is relative."""
+    """Gradient Grams: the first ``gradient_windows`` windows of ``gradient_seq_len`` tokens. Damping is relative.
 
+    ``walk``: block by block, with one block in memory, or through the whole model; auto: as `prepare` found possible.
+    """
+
+    walk: Literal["auto", "blocks", "whole"]
     gradient_windows: AtLeast1
     gradient_seq_len: AtLeast2
     batch_size: AtLeast1

@@ -11,7 +11,7 @@ from spectrim.compression.probe import probe
 from spectrim.errors import ModelError
 from spectrim.maths.perturbation import perturbed
 from spectrim.models.linearise import matrices_of
-from spectrim.models.modules import UNREACHED, decoder_blocks
+from spectrim.models.modules import UNREACHED, WHOLE, decoder_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,9 +43,9 @@ def write_prepared(source: Model, settings: Prepare, commit: str | None, folder:
     # save_pretrained notes the dtype of the file; from_pretrained computes in the one noted here
     config = read_json(folder / "config.json") | {"dtype": settings.load_dtype}
     write_json(folder / "config.json", config)
-    unreached = probe(folder)
-    if unreached:
-        write_json(folder / "config.json", config | {UNREACHED: unreached})
+    unreached, obstacle = probe(folder)
+    found = {UNREACHED: unreached, WHOLE: obstacle}
+    write_json(folder / "config.json", config | {key: value for key, value in found.items() if value})
     hashes = files_sha256(folder)
     facts = {
         "source": source.source,
@@ -54,6 +54,7 @@ def write_prepared(source: Model, settings: Prepare, commit: str | None, folder:
         "stored_dtype": settings.stored_dtype,
         "load_dtype": settings.load_dtype,
         "perturb": settings.perturb,
+        "walk": "whole" if obstacle else "blocks",
         "n_parameters": model.num_parameters(),
         "n_block_parameters": sum(part.numel() for part in decoder_blocks(model)[1].parameters()),
         "files": hashes,

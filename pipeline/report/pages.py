@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 TEMPLATES = Path(__file__).parent / "templates"
+WALKS = {"blocks": "block by block", "whole": "of the whole model at once"}
 METRICS = {"two_sided": ("two-sided metric", "predicted loss"), "input": ("input metric", "output error²")}
 
 
@@ -45,7 +46,7 @@ def render(
 
     Args:
         params: the parameters of the run.
-        metrics: reports/metrics.json.
+        metrics: reports/metrics.json, with reports/speed.json and the ``walk`` of artifacts/capture/capture.json.
         ranks: artifacts/train_ranks/ranks.json.
         calibrate: artifacts/calibrate/calibrate.json.
         curve: columns of artifacts/train_ranks/curve.csv by name; empty when nothing was trained.
@@ -222,6 +223,7 @@ def _recipe(
             f"{', one rank for linears that read the same input' if params.compression.tie else ''}",
         ),
         *([("knapsack", note)] if (note := notes.gap_note(ranks)) else []),
+        ("statistics", WALKS[metrics["walk"]]),
         ("weights", params.update_weights.method),
         *([("step", _step(coded)), ("damping of rows", _row_damping(coded))] if coded else []),
         ("stored as", ", ".join(f"{name}: {count}" for name, count in Counter(m.format for m in found).most_common())),

@@ -9,10 +9,11 @@ from pipeline.steps import spectra_file
 
 METRICS, SPEED = Path("reports", "metrics.json"), Path("reports", "speed.json")
 RANKS = artifact("train_ranks", "ranks.json")
-CALIBRATE, SPECTRA = artifact("calibrate", "calibrate.json"), artifact("capture", spectra_file.NAME)
+CALIBRATE, CAPTURE = artifact("calibrate", "calibrate.json"), artifact("capture", "capture.json")
+SPECTRA = artifact("capture", spectra_file.NAME)
 SUMMARY = artifact("update_weights", "summary.json")
 CURVES = (artifact("train_ranks", "curve.csv"), artifact("update_weights", "refinement.csv"))
-INPUTS = (RANKS, CALIBRATE, SPECTRA, SUMMARY, *CURVES, METRICS, SPEED)
+INPUTS = (RANKS, CALIBRATE, CAPTURE, SPECTRA, SUMMARY, *CURVES, METRICS, SPEED)
 
 
 def write_pages(params: Params, folder: Path) -> None:
@@ -22,7 +23,7 @@ def write_pages(params: Params, folder: Path) -> None:
     curve, refinement = map(pages.read_curve, CURVES)
     rendered = pages.render(
         params=params,
-        metrics=read_json(METRICS) | read_json(SPEED),
+        metrics=read_json(METRICS) | read_json(SPEED) | {"walk": read_json(CAPTURE)["walk"]},
         ranks=ranks,
         calibrate=read_json(CALIBRATE),
         curve=curve,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import NumericalError
-from spectrim.models.blocks import BlockModel, observed
+from spectrim.models.blocks import BlockModel
+from spectrim.models.hooks import observed
 
 
 class Moments(NamedTuple):

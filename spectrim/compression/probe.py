@@ -1,6 +1,7 @@
 """What Spectrim assumes about a model, tried out on a few random tokens before anything is computed.
 
-    walk      blocks one after the other give what the whole model gives
+    walk      blocks one after the other give what the whole model gives; else it is run as a whole
+    head      what comes behind the blocks makes the same logits of the hidden states by itself
     causal    a later token changes nothing before it
     reached   a gradient reaches every matrix to be compressed; one whose weight is read without a call, or that only
               chooses which tokens are seen, is left dense
@@ -13,18 +14,20 @@ Two batches of different tokens, so that what depends on the tokens cannot pass 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from spectrim.errors import ModelError
-from spectrim.models.blocks import BlockModel, hooked
+from spectrim.models.blocks import BlockModel, leaving, logits
+from spectrim.models.hooks import differentiable, hooked, observed_gradients
 from spectrim.models.linearise import linearise
-from spectrim.models.modules import compressible_linears, replace
+from spectrim.models.modules import compressible_linears, decoder_blocks, replace
 
 BATCH, SEQ_LEN, NEW_TOKENS = 2, 16, 3
+REACH_LEN = 256  # some matrices are read from a number of tokens on
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of logits, relative to the largest logit, where the same products are to give the same."""
 
@@ -32,58 +35,80 @@ CACHED = 1e-2
 """The same between a cached step and a whole pass, whose sums have another order: experts may be chosen otherwise."""
 
 
+class Probed(NamedTuple):
+    """What was found of a model for which all else holds.
+
+    Attributes:
+        unreached: names of the linears that no gradient reaches.
+        obstacle: why the model must run as a whole; None where it can be walked block by block.
+    """
+
+    unreached: list[str]
+    obstacle: str | None
+
+
 @torch.no_grad()
-def probe(folder: Path, device: torch.device | str = "cpu") -> list[str]:
-    """Names of the linears that no gradient reaches, of the model in ``folder``, for which all else holds.
+def probe(folder: Path, device: torch.device | str = "cpu") -> Probed:
+    """Try out the model in ``folder``.
 
     Raises:
-        ModelError: something does not hold; says what, and by how much.
+        ModelError: something does not hold that must; says what, and by how much.
     """
     from transformers import AutoModelForCausalLM
 
+    blocks = BlockModel(folder, device)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     model = model.to(device).eval()
     batches = list(_random_tokens(model))
     expected = [model(input_ids=tokens, use_cache=False).logits for tokens in batches]
     _require_causal(model, batches[0], expected[0])
     _require_cache(model, batches[0])
-    unreached = _walked(BlockModel(folder, device), batches, expected)
+    _require_head(model, batches[0], expected[0])
+    obstacle = _obstacle(blocks, batches, expected)
+    linearise(model)
+    unreached = _unreached(model)
     _require_replaceable(model, batches[0], expected[0], unreached)
-    return unreached
+    return Probed(unreached, obstacle)
 
 
 def _random_tokens(model: Any) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
     for _ in range(2):
-        yield torch.randint(vocabulary, (BATCH, SEQ_LEN), generator=generator).to(model.device)
+        yield _random(model, BATCH, SEQ_LEN, generator)
 
 
-def _walked(model: BlockModel, batches: list[Tensor], expected: list[Tensor]) -> list[str]:
-    """Linears that no gradient reaches while all batches go through the blocks, whose logits must be ``expected``."""
-    reached: set[str] = set()
+def _random(model: Any, batch: int, seq_len: int, generator: torch.Generator) -> Tensor:
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    return torch.randint(vocabulary, (batch, seq_len), generator=generator).to(model.device)
 
-    def note(name: str) -> Any:
-        return lambda module, args, output: reached.add(_of_all_experts(name)) if output.requires_grad else None
 
-    for tokens, logits in zip(batches, expected, strict=True):
+def _obstacle(model: BlockModel, batches: list[Tensor], expected: list[Tensor]) -> str | None:
+    """Why the logits of all batches, walked block by block, are not ``expected``."""
+    for tokens, whole in zip(batches, expected, strict=True):
         try:
             hidden = model.embed(tokens)
-            for index, linears in enumerate(model.linears):
-                hooks = (linear.register_forward_hook(note(name)) for name, linear in linears.items())
-                with model.resident(index), hooked(hooks), torch.enable_grad():
-                    hidden = model.run(index, hidden.detach().requires_grad_()).detach()
-            found = model.logits(tokens, hidden)
-        except ModelError:
-            raise
+            for index in range(len(model.names)):
+                with model.resident(index):
+                    hidden = model.run(index, hidden)
+            _require_equal(model.model, "walked block by block", model.logits(tokens, hidden), whole)
+        except ModelError as error:
+            return str(error)
         except Exception as error:  # whatever a model's own code raises when its blocks are called one by one
-            raise ModelError(
-                f"{_called(model.model)}: cannot be walked block by block ({type(error).__name__}: {error}). "
-                "Such a model is not supported"
-            ) from error
-        _require_equal(model.model, "walked block by block", found, logits)
-    names = [name for linears in model.linears for name in linears]
-    return [name for name in names if _of_all_experts(name) not in reached]
+            return f"{_called(model.model)}: cannot be walked block by block ({type(error).__name__}: {error})."
+    return None
+
+
+def _unreached(model: Any) -> list[str]:
+    """Linears that no gradient of the logits reaches, at REACH_LEN random tokens or half of what the model takes."""
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or REACH_LEN
+    tokens = _random(model, 1, min(REACH_LEN, longest // 2), torch.Generator().manual_seed(1))
+    linears, reached = compressible_linears(model), set[str]()
+    model.requires_grad_(False)
+    embedding = model.get_input_embeddings().register_forward_hook(differentiable)
+    noted = observed_gradients(linears, lambda name, gradient: reached.add(_of_all_experts(name)))
+    with hooked([embedding]), noted, torch.enable_grad():
+        model(input_ids=tokens, use_cache=False).logits.float().square().mean().backward()
+    return [name for name in linears if _of_all_experts(name) not in reached]
 
 
 def _of_all_experts(name: str) -> str:
@@ -104,6 +129,18 @@ def _require_causal(model: Any, tokens: Tensor, expected: Tensor) -> None:
         model, "with another last token, before that token", found[:, :-1], expected[:, :-1],
         "a causal language model is required; this one looks ahead",
     )  # fmt: skip
+
+
+def _require_head(model: Any, tokens: Tensor, expected: Tensor) -> None:
+    try:
+        hidden, n_returned = leaving(model, tokens)
+        found = logits(model, decoder_blocks(model)[1], tokens, hidden, n_returned)
+    except Exception as error:
+        raise ModelError(
+            f"{_called(model)}: what comes behind its blocks cannot be run apart from them ({type(error).__name__}: "
+            f"{error}). Such a model is not supported"
+        ) from error
+    _require_equal(model, "with what comes behind its blocks run apart from them", found, expected)
 
 
 def _require_cache(model: Any, tokens: Tensor) -> None:

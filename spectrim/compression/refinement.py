@@ -35,7 +35,7 @@ from spectrim.maths.residual import RoundedWeight
 from spectrim.maths.sampling import in_rounds
 from spectrim.maths.schedule import BETAS, course
 from spectrim.maths.two_sided_rounding import Stepped
-from spectrim.models.blocks import arity, logits
+from spectrim.models.blocks import leaving, logits
 from spectrim.models.modules import block_vectors, decoder_blocks, replace
 
 if TYPE_CHECKING:  # importing it takes seconds, and a result of the store needs no model
@@ -264,15 +264,3 @@ class StoredTraining:
         self._vectors = block_vectors(self.model) if rates.vectors else {}
         found = [(factors, rates.factors), (scales, rates.scales), (self._vectors, rates.vectors)]
         return [(parts, rate) for parts, rate in found if parts]
-
-
-def leaving(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, int]:
-    """What leaves the last block for tokens (batch, seq), (batch, seq, hidden), and how many values a block returns."""
-    left: list[Any] = []
-    handle = decoder_blocks(model)[1][-1].register_forward_hook(lambda module, args, output: left.append(output))
-    try:
-        model.base_model(input_ids=tokens, use_cache=False)
-    finally:
-        handle.remove()
-    n_returned = arity(left[0])
-    return (left[0][0] if n_returned else left[0]), n_returned

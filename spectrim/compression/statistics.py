@@ -1,65 +1,26 @@
-"""Second moments of what enters and leaves every linear of a block, and the whitened factors made from them.
+"""What enters and leaves every linear of a block, streamed, and the whitened factors made from it.
 
-For a linear y = W x with tokens t: gram G = Σ_t x_t x_tᵀ, mean = Σ_t x_t / n_tokens, abs_mean = Σ_t |x_t| / n_tokens
-and gradient_gram D = Σ_t g_t g_tᵀ with g_t = ∂L/∂y_t and L the cross-entropy summed over tokens. Linears that read the
-same tensor (q/k/v, gate/up) share their input's statistics. Blocks are streamed: forward from the embedding, then
-backward from the loss, each block recomputed from its stored input, so that no more than one block and its hidden
-states are in memory.
+Blocks are streamed: forward from the embedding, then backward from the loss, the cross-entropy summed over tokens, each
+block recomputed from its stored input, so that no more than one block and its hidden states are in memory.
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
-from scipy.linalg.blas import ssyrk
-from torch import Tensor, nn
+from torch import Tensor
 
-from spectrim.compression.expert_statistics import shrunk
-from spectrim.errors import ModelError, NumericalError
+from spectrim.compression.moments import GradientMoments, InputMoments, batches, non_finite, unpack_symmetric
+from spectrim.errors import NumericalError
 from spectrim.maths.losses import next_token_loss
 from spectrim.maths.lowrank import Factors, smaller_root, spectrum, two_sided
 from spectrim.maths.whitening import Whitener
-from spectrim.models.blocks import BlockModel, factored, hooked, observed
-from spectrim.models.experts import expert_groups
+from spectrim.models.blocks import BlockModel, factored
+from spectrim.models.hooks import observed, observed_gradients
 
 LAST_HIDDEN = "last_hidden.safetensors"
-SYRK_FEATURES = 1024  # below, the general product with its better threading wins
-
-
-def second_moment(x: Tensor) -> Tensor:
-    """xᵀx of x (tokens, features) float32, of which only the upper triangle is to be read.
-
-    On the CPU large ones go through BLAS syrk, which computes that half alone: 1.5 times as fast at 1,536 features.
-    """
-    if x.device.type != "cpu" or x.shape[1] < SYRK_FEATURES:
-        return x.T @ x
-    return torch.from_numpy(ssyrk(1.0, x.contiguous().numpy().T))
-
-
-def pack_symmetric(matrix: Tensor) -> Tensor:
-    """Symmetric (n, n) -> its upper triangle, row by row, (n(n+1)/2,) float32: the precision Grams are summed from."""
-    rows, columns = torch.triu_indices(*matrix.shape, device=matrix.device)
-    return matrix[rows, columns].float().cpu()
-
-
-def unpack_symmetric(triangle: Tensor) -> Tensor:
-    """Inverse of ``pack_symmetric``: (n(n+1)/2,) -> (n, n) float64."""
-    size = round(((8 * triangle.numel() + 1) ** 0.5 - 1) / 2)
-    matrix = torch.zeros(size, size, dtype=torch.float64)
-    rows, columns = torch.triu_indices(size, size)
-    matrix[rows, columns] = triangle.double()
-    return matrix + matrix.triu(1).T
-
-
-def batches(n_windows: int, batch_size: int) -> Iterator[slice]:
-    """Slices of at most ``batch_size`` that cover range(n_windows) in order."""
-    for start in range(0, n_windows, batch_size):
-        yield slice(start, min(start + batch_size, n_windows))
 
 
 def embedded(model: BlockModel, windows: Tensor, batch_size: int = 1) -> Tensor:
@@ -93,55 +54,21 @@ def input_statistics(
         batch_size: windows per forward pass.
 
     Returns:
-        ``{"gram.LINEAR": packed Gram, "mean.LINEAR" and "abs_mean.LINEAR": (in,) float64}`` with one entry per distinct
-        input, named after the first linear that reads it; for every linear the name its input stands under; the output,
-        as ``hidden``.
+        What ``InputMoments.finished`` returns, and the output, as ``hidden``.
 
     Raises:
         NumericalError: a non-finite input, naming the linear and the window.
     """
-    sums: dict[str, Tensor] = {}
-    totals: dict[str, Tensor] = {}
-    owners: dict[str, str] = {}
-    tokens: dict[str, int] = defaultdict(int)
-    seen: list[tuple[Tensor, str]] = []
-    part = slice(0, 0)
-
-    def observe(name: str, x: Tensor) -> None:
-        owner = next((other for tensor, other in seen if tensor is x), None)
-        if owner is None:
-            seen.append((x, name))
-            flat = x.reshape(-1, x.shape[-1]).float()
-            tokens[name] += len(flat)
-            block = second_moment(flat)
-            if not torch.isfinite(block.diagonal().sum()):
-                raise NumericalError(_non_finite(name, x, part, "input"))
-            sums[name] = sums[name].add_(block) if name in sums else block.double()
-            for total, values in ((f"mean.{name}", flat), (f"abs_mean.{name}", flat.abs())):
-                added = values.sum(0).double()
-                totals[total] = totals[total] + added if total in totals else added
-        owners[name] = owner or name
-
-    output = torch.empty_like(hidden)
-    with model.resident(index), observed(model.linears[index], observe):
+    moments, output = InputMoments(), torch.empty_like(hidden)
+    with model.resident(index), observed(model.linears[index], moments.observe):
         for part in batches(len(hidden), batch_size):
-            seen.clear()
+            moments.start(part)
             result = model.run(index, hidden[part].to(model.device))
             if not torch.isfinite(result.sum()):
-                raise NumericalError(_non_finite(model.names[index], result, part, "output"))
+                raise NumericalError(non_finite(model.names[index], result, part, "output"))
             output[part] = result.cpu()
-    for experts in _experts(model, index):
-        sums |= shrunk(sums, tokens, experts)
-        for name in experts:
-            owners.setdefault(name, name)
-            for total in (f"mean.{name}", f"abs_mean.{name}"):
-                totals.setdefault(total, sums[name].new_zeros(len(sums[name])))
-    if unseen := sorted(model.linears[index].keys() - owners.keys()):
-        raise ModelError(f"{unseen[0]}: its block never calls it; name it in compression.exclude")
-    n_tokens = hidden.shape[0] * hidden.shape[1]
-    tensors = {f"gram.{name}": pack_symmetric(gram) for name, gram in sums.items()}
-    tensors |= {name: (total / n_tokens).cpu() for name, total in totals.items()}
-    return tensors, owners, output
+    found = moments.finished(model.linears[index], model.experts(index), hidden.shape[0] * hidden.shape[1])
+    return *found, output
 
 
 def loss_gradient(model: BlockModel, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -176,27 +103,14 @@ def gradient_statistics(
     Raises:
         NumericalError: a non-finite gradient, naming the linear and the window.
     """
-    sums: dict[str, Tensor] = {}
-    tokens: dict[str, int] = defaultdict(int)
-    part = slice(0, 0)
-
-    def accumulate(name: str, g: Tensor) -> None:
-        flat = g.reshape(-1, g.shape[-1]).float()
-        tokens[name] += len(flat)
-        block = second_moment(flat)
-        if not torch.isfinite(block.diagonal().sum()):
-            raise NumericalError(_non_finite(name, g, part, "output gradient"))
-        sums[name] = sums[name].add_(block) if name in sums else block.double()
-
-    below = torch.empty_like(hidden)
-    with model.resident(index), _observed_gradients(model.linears[index], accumulate):
+    moments, below = GradientMoments(), torch.empty_like(hidden)
+    with model.resident(index), observed_gradients(model.linears[index], moments.observe):
         for part in batches(len(hidden), batch_size):
+            moments.start(part)
             leaf = hidden[part].to(model.device).requires_grad_()
             output = model.run(index, leaf)
             below[part] = torch.autograd.grad(output, leaf, gradient[part].to(model.device))[0].cpu()
-    for experts in _experts(model, index):
-        sums |= shrunk(sums, tokens, experts)
-    return {f"gradient_gram.{name}": pack_symmetric(gram) for name, gram in sums.items()}, below
+    return moments.finished(model.linears[index], model.experts(index)), below
 
 
 def decompose(
@@ -273,42 +187,3 @@ def last_hidden(folder: Path, seq_len: int) -> Tensor:
     """What leaves the last block of the dense model, (windows, seq_len, hidden), read from a capture folder."""
     with safe_open(folder / "inputs" / LAST_HIDDEN, framework="pt") as handle:
         return handle.get_slice("hidden")[:, :seq_len]
-
-
-def _observed_gradients(
-    linears: Mapping[str, nn.Linear], observe: Callable[[str, Tensor], None]
-) -> AbstractContextManager[None]:
-    """Let ``observe(name, g)`` see the gradient of every linear's output for the length of the ``with``."""
-
-    def hook(name: str) -> Any:
-        def register(module: nn.Module, args: Any, output: Tensor) -> None:
-            output.register_hook(lambda g: observe(name, g))
-
-        return register
-
-    return hooked(module.register_forward_hook(hook(name)) for name, module in linears.items())
-
-
-def _experts(model: BlockModel, index: int) -> list[list[str]]:
-    """The compressible linears of the experts of block ``index``, a list for each kind."""
-    groups = expert_groups(model.blocks[index], model.names[index])
-    return [[name for name in names if name in model.linears[index]] for names in groups]
-
-
-def _non_finite(name: str, values: Tensor, part: slice, what: str) -> str:
-    if values.numel() % (part.stop - part.start):  # of an expert, which sees some tokens of every window
-        return (
-            f"{name}: non-finite {what} in calibration windows {part.start} to {part.stop - 1}; activations must be "
-            "finite: use prepare.load_dtype float32 or bfloat16, or check the model's weights"
-        )
-    windows = values.reshape(part.stop - part.start, -1)
-    bad = next((i for i, row in enumerate(windows) if not torch.isfinite(row).all()), None)
-    if bad is None:  # finite themselves, but not their squares
-        return (
-            f"{name}: {what} of up to {float(values.detach().abs().max()):.3g} in calibration windows {part.start} to "
-            f"{part.stop - 1} overflows its Gram; check the model's weights"
-        )
-    return (
-        f"{name}: non-finite {what} in calibration window {part.start + bad}; "
-        "activations must be finite: use prepare.load_dtype float32 or bfloat16, or check the model's weights"
-    )

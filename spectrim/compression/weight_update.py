@@ -25,7 +25,8 @@ from spectrim.maths.lowrank import (
 )
 from spectrim.maths.subspace import IncrementalPCA, MeanProjector, ipca_update, top_right_singular_vectors
 from spectrim.maths.whitening import cholesky, eigen_whitener
-from spectrim.models.blocks import BlockModel, observed
+from spectrim.models.blocks import BlockModel
+from spectrim.models.hooks import observed
 
 Damping = tuple[float, float]
 """First and largest relative damping of a Gram."""

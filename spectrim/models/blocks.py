@@ -5,60 +5,47 @@ model need the memory of its embedding, its head, one block and that block's hid
 after the blocks is reached without knowing the architecture: the model's own forward runs with every block stubbed.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils.hooks import RemovableHandle
 
-from spectrim.errors import ModelError, StorageError
+from spectrim.errors import ModelError
 from spectrim.maths.lowrank import Factors
-from spectrim.models.experts import Slice
-from spectrim.models.linearise import linearise
-from spectrim.models.modules import decoder_blocks, linears_by_block
+from spectrim.models.block_weights import BlockWeights
+from spectrim.models.modules import WHOLE, decoder_blocks
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with besides the hidden states
 
 
-class BlockModel:
-    """A model folder run block by block.
-
-    Args:
-        folder: a Hugging Face model folder with safetensors weights.
-        device: where blocks run.
-        exclude: shell patterns of linears that are left out of ``linears``.
-
-    Raises:
-        StorageError: no model in ``folder``.
-        ModelError: no decoder blocks, nothing to compress, or weights whose names are not the module's.
-    """
+class BlockModel(BlockWeights):
+    """A model folder run block by block; see ``BlockWeights``."""
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu", exclude: tuple[str, ...] = ()) -> None:
-        self.folder, self.device = Path(folder), torch.device(device)
-        if not (file := self.folder / "config.json").is_file():  # transformers would ask the hub for it
-            raise StorageError(f"{file}: not found; give a folder with a model in the Hugging Face layout")
-        from transformers import AutoConfig, AutoModelForCausalLM  # seconds, which a finished result need not take
-
-        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        self.dtype = config.dtype or torch.float32
-        with init_empty_weights():
-            self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
-        self.model.eval().requires_grad_(False)
-        self._sources = linearise(self.model)
-        self.prefix, self.blocks = decoder_blocks(self.model)
-        self.names = [f"{self.prefix}.{i}" for i in range(len(self.blocks))]
-        self.linears = list(linears_by_block(self.model, exclude).values())
-        self._files = _weight_files(self.folder)
+        super().__init__(folder, device, exclude)
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self._arity: int | None = None
+        self._is_open = False
+
+    def _open(self) -> None:
+        """Bring in what is outside the blocks, which who asks for ``weights`` alone need not wait for.
+
+        Raises:
+            ModelError: `prepare` found that it cannot be walked, or weights have names that are not the module's.
+        """
+        if self._is_open:
+            return
+        if found := getattr(self.model.config, WHOLE, None):
+            raise ModelError(
+                f"{found} So nothing can be had of it that runs blocks one by one: set capture.walk to auto or whole, "
+                "and leave out update_weights.anchor, update_weights.block_refinement and methods that read activations"
+            )
+        self._is_open = True
         for name, buffer in list(self.model.named_buffers()):
             if buffer.device.type != "meta":
                 set_module_tensor_to_device(self.model, name, self.device, buffer)
@@ -78,6 +65,7 @@ class BlockModel:
     @contextmanager
     def resident(self, index: int) -> Iterator[nn.Module]:
         """Block ``index`` with its weights in memory for the length of the ``with``."""
+        self._open()
         prefix = f"{self.names[index]}."
         wanted = [f"{prefix}{name}" for name in self.blocks[index].state_dict()]  # persistent buffers are weights, too
         if absent := [name for name in wanted if self._source(name).name not in self._files]:
@@ -89,14 +77,10 @@ class BlockModel:
             for name in wanted:
                 set_module_tensor_to_device(self.model, name, "meta")
 
-    def weights(self, index: int) -> dict[str, Tensor]:
-        """Linear name -> weight (out, in) of block ``index`` in the model's dtype, read straight from the files."""
-        wanted = [f"{name}.weight" for name in self.linears[index]]
-        return {name.removesuffix(".weight"): value.to(self.device, self.dtype) for name, value in self._read(wanted)}
-
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (batch, seq) int64 -> hidden states (batch, seq, hidden) that enter the first block."""
+        self._open()
         entered: list[Tensor] = []
         calls: list[Call] = []
 
@@ -119,10 +103,11 @@ class BlockModel:
         """Hidden states (batch, seq, hidden) through block ``index``, which must be resident; differentiable."""
         args, kwargs = self._call(index, (hidden.shape[0], hidden.shape[1]))
         output = self.blocks[index](hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return first(output)
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Hidden states that leave the last block -> logits (batch, seq, vocabulary); differentiable."""
+        self._open()
         return logits(self.model, self.blocks, tokens.to(self.device), hidden, self._returned())
 
     def _call(self, index: int, shape: tuple[int, int]) -> Call:
@@ -157,44 +142,6 @@ class BlockModel:
 
     def _stubbed(self, stub: Any) -> AbstractContextManager[None]:
         return stubbed(self.blocks, stub, self._returned())
-
-    def _load(self, names: Iterable[str]) -> None:
-        for name, value in self._read(names):
-            dtype = self.dtype if value.is_floating_point() else None
-            set_module_tensor_to_device(self.model, name, self.device, value, dtype=dtype)
-
-    def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors of the model from the files, one after the other; of many experts only the one that is asked for."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._files[self._source(name).name], []).append(name)
-        for file, wanted in by_file.items():
-            with safe_open(file, framework="pt") as handle:
-                for name in wanted:
-                    yield name, self._source(name).read(handle)
-
-    def _source(self, name: str) -> Slice:
-        return self._sources.get(name, Slice(name))
-
-
-def observed(linears: Mapping[str, nn.Module], observe: Callable[[str, Tensor], None]) -> AbstractContextManager[None]:
-    """Let ``observe(name, x)`` see what every linear is given for the length of the ``with``."""
-
-    def hook(name: str) -> Any:
-        return lambda module, args: observe(name, args[0])
-
-    return hooked(module.register_forward_pre_hook(hook(name)) for name, module in linears.items())
-
-
-@contextmanager
-def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Register ``hooks`` for the length of the ``with``."""
-    handles = list(hooks)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -238,8 +185,24 @@ def stubbed(blocks: Iterable[nn.Module], stub: Any, n_returned: int) -> Iterator
 
 
 def arity(returned: Any) -> int:
-    """0 of hidden states alone, the length of a tuple (hidden, ...)."""
-    return len(returned) if isinstance(returned, tuple) else 0
+    """0 of hidden states alone, the length of (hidden, ...)."""
+    return len(returned) if isinstance(returned, tuple | list) else 0
+
+
+def first(returned: Any) -> Tensor:
+    """The hidden states of what a block returns."""
+    return returned[0] if arity(returned) else returned
+
+
+def leaving(model: Any, tokens: Tensor) -> tuple[Tensor, int]:
+    """What leaves the last block for tokens (batch, seq), (batch, seq, hidden), and how many values a block returns."""
+    left: list[Any] = []
+    handle = decoder_blocks(model)[1][-1].register_forward_hook(lambda module, args, output: left.append(output))
+    try:
+        model.base_model(input_ids=tokens, use_cache=False)
+    finally:
+        handle.remove()
+    return first(left[0]), arity(left[0])
 
 
 def logits(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor, n_returned: int) -> Tensor:
@@ -266,15 +229,3 @@ def _same(old: Any, new: Any) -> bool:
     if isinstance(old, dict):
         return old.keys() == new.keys() and all(_same(old[key], new[key]) for key in old)
     return True
-
-
-def _weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file of ``folder`` that holds it."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    file = folder / "model.safetensors"
-    if not file.exists():
-        raise ModelError(f"{folder}: no model.safetensors; prepare the model first")
-    with safe_open(file, framework="pt") as handle:
-        return dict.fromkeys(handle.keys(), file)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # spectrim/__init__.py loads this file while transformers its
 UNREACHED = "spectrim_unreached"
 """Where the configuration of a prepared model lists linears that no gradient reaches, see compression/probe.py."""
 
+WHOLE = "spectrim_whole"
+"""Where it says why the model cannot be walked block by block, if it cannot."""
+
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The name and the list of the model's decoder blocks, such as ``("model.layers", ModuleList)``.

@@ -43,7 +43,9 @@ def rendered(root: Path) -> report.RenderedReport:
     metric = loaded.train_ranks.whitening
     return report.render(
         loaded,
-        read_json(root / "reports/metrics.json") | read_json(root / "reports/speed.json"),
+        read_json(root / "reports/metrics.json")
+        | read_json(root / "reports/speed.json")
+        | read_json(root / "artifacts/capture/capture.json"),
         ranks,
         read_json(root / "artifacts/calibrate/calibrate.json"),
         report.read_curve(root / "artifacts/train_ranks/curve.csv"),

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.config import params
 from pipeline.steps import packed_blocks as packing
 from spectrim.checkpoint.layout import read_bytes
-from spectrim.compression.statistics import pack_symmetric
+from spectrim.compression.moments import pack_symmetric
 from spectrim.errors import BudgetError
 from spectrim.maths.budget import FACTORED, dense_bytes, resolve_format, stored_bytes
 from spectrim.models.modules import linears_by_block
