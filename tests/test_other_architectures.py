@@ -1,4 +1,4 @@
-"""The graph on models whose matrices are no plain linears: experts in one parameter, transposed weights."""
+"""The graph on models whose matrices are no plain linears, and on one whose blocks cannot be run one by one."""
 
 import json
 from pathlib import Path
@@ -31,6 +31,8 @@ def saved(kind: str, folder: Path) -> int:
     """A model with the tiny tokenizer, under the names of the original architecture; returns its matrices' number."""
     config = small_config(kind)
     config.vocab_size, config.max_position_embeddings, config.initializer_range = len(tiny.tokenizer()), 128, 0.1
+    if hasattr(config, "vocab_size_per_layer_input"):
+        config.vocab_size_per_layer_input = config.vocab_size
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
@@ -38,14 +40,23 @@ def saved(kind: str, folder: Path) -> int:
     return len(matrices_of(model))
 
 
-@pytest.mark.parametrize(("kind", "values"), [("mixtral", MIXED), ("qwen3_moe", CODED), ("gpt2", MIXED)])
-def test_the_graph_compresses_all_of_them(kind: str, values: dict[str, Any], tmp_path: Path) -> None:
+GRAPHS = [
+    ("mixtral", MIXED, "blocks"),
+    ("qwen3_moe", CODED, "blocks"),
+    ("gpt2", MIXED, "blocks"),
+    ("gemma4_text", MIXED, "whole"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "walk"), GRAPHS)
+def test_the_graph_compresses_all_of_them(kind: str, values: dict[str, Any], walk: str, tmp_path: Path) -> None:
     n_matrices = saved(kind, tmp_path / "model")
     corpus = tiny.save_corpus(tmp_path / "corpus.jsonl")
     project = tiny.make_project(tmp_path / "project", tmp_path / "model", corpus)
     project.change(baseline__quantization=["int8", "gptq_int4_asym"], **values)
     project.stages(*tiny.STAGES[1:-2])
     artifacts = project.folder / "artifacts"
+    assert json.loads((artifacts / "capture" / "capture.json").read_text())["walk"] == walk
     ranks = json.loads((artifacts / "train_ranks" / "ranks.json").read_text())
     assert len(ranks["matrices"]) == n_matrices
     metrics = json.loads((project.folder / "reports" / "metrics.json").read_text())

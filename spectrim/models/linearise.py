@@ -10,7 +10,8 @@ by a ``Slice`` each, so that blocks can still be read one by one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,12 +76,10 @@ def matrices_of(model: PreTrainedModel) -> dict[str, Slice]:
 
 def sources_of(folder: Path) -> dict[str, Slice]:
     """``linearise`` of the model that a folder's config.json describes, without its weights."""
-    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with init_empty_weights():
-        return linearise(AutoModelForCausalLM.from_config(config))
+    return linearise(_empty(AutoModelForCausalLM.from_config, config))
 
 
 def read_linearised(entries: Mapping[str, Path], sources: Mapping[str, Slice]) -> dict[str, Tensor]:
@@ -117,10 +116,16 @@ def behaves_as_linear(kind: Any) -> bool:
 
 def _on_meta(model: PreTrainedModel) -> PreTrainedModel:
     """The model as its class makes it, without weights."""
+    config = deepcopy(model.config)
+    config.dtype = model.dtype  # saving makes it a string, which not every architecture can be built with
+    return _empty(type(model), config)
+
+
+def _empty(make: Callable[[Any], PreTrainedModel], config: Any) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        return type(model)(model.config)
+        return make(config)
 
 
 def _is_subclass(module: nn.Module) -> bool:

@@ -44,7 +44,7 @@ NOT_SMALL = {
     ),
     *("gemma4_assistant", "gemma4_unified_assistant", "git", "got_ocr2", "kimi_linear", "mllama", "musicgen"),
     *("moss_transcribe_diarize", "musicgen_melody", "phi4_multimodal", "qwen4_exp", "qwen4_exp_text", "xlstm", "zamba"),
-    *("zamba2", "apertus"),
+    "zamba2",
 }
 """Types that benchmarks/families.py cannot build."""
 
