@@ -100,7 +100,9 @@ def _obstacle(model: BlockModel, batches: list[Tensor], expected: list[Tensor]) 
 
 def _unreached(model: Any) -> list[str]:
     """Linears that no gradient of the logits reaches, at REACH_LEN random tokens or half of what the model takes."""
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or REACH_LEN
+    config = model.config.get_text_config(decoder=True)
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions")]
+    longest = min([limit for limit in limits if limit] or [2 * REACH_LEN])
     tokens = _random(model, 1, min(REACH_LEN, longest // 2), torch.Generator().manual_seed(1))
     linears, reached = compressible_linears(model), set[str]()
     model.requires_grad_(False)

@@ -5,10 +5,10 @@
 transformers multiplies with ``gate_up_proj`` (experts, 2 · width, hidden) and ``down_proj`` (experts, hidden, width),
 some architectures with both transposed, some with biases beside them. Here every expert has two ``nn.Linear``, named
 ``gate_up_proj.0``, ``down_proj.0`` and so on: what is known of linears then holds for experts, too. What stands between
-the two products is the architecture's own.
+the two products is the architecture's own. Architectures with a layout of their own have a class of their own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -35,63 +35,49 @@ class Slice(NamedTuple):
         return (part.mT if self.transposed else part).clone(memory_format=torch.contiguous_format)
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether ``module`` holds the experts of a mixture in the layout that transformers' own kernels multiply with."""
-    layout = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
-    return all(hasattr(module, name) for name in layout) and not getattr(module, "has_post_expert_norm", False)
-
-
 class ExpertLinears(nn.Module):
-    """Stands in for a module of experts, whose parameters it takes over.
+    """Stands in for a module of experts, whose parameters it takes over; see its subclasses.
 
     Args:
-        experts: as ``is_experts`` has it, on any device; its parameters are gone afterwards.
+        experts: on any device; its parameters are gone afterwards.
+        kinds: the lists of linears to be made -> the parameter (experts, ., .) each is made of.
+        transposed: whether that has (in, out) of every expert.
+        has_bias: whether there is a parameter of biases beside each.
     """
 
-    def __init__(self, experts: nn.Module) -> None:
+    def __init__(self, experts: nn.Module, kinds: Mapping[str, str], transposed: bool, has_bias: bool = False) -> None:
         super().__init__()
-        source: Any = experts
-        self.first = "gate_up_proj" if source.has_gate else "up_proj"
-        self.transposed, self.has_bias = bool(source.is_transposed), bool(source.has_bias)
-        for name in (self.first, "down_proj"):
-            bias = getattr(source, f"{name}_bias") if self.has_bias else None
-            setattr(self, name, nn.ModuleList(self._linears(getattr(source, name), bias)))
-            for suffix in ("", "_bias") if self.has_bias else ("",):
-                delattr(source, f"{name}{suffix}")
-        self._original: tuple[Any] = (
-            experts,
-        )  # its activation, its limits and its way to gate; no submodule, for it is empty
+        self.kinds, self.transposed, self.has_bias = dict(kinds), transposed, has_bias
+        for kind, name in self.kinds.items():
+            bias = getattr(experts, f"{name}_bias") if has_bias else None
+            setattr(self, kind, nn.ModuleList(self._linears(getattr(experts, name), bias)))
+            for suffix in ("", "_bias") if has_bias else ("",):
+                delattr(experts, f"{name}{suffix}")
+        # its activation, its limits and its way to gate; no submodule, for it is empty
+        self._original: tuple[Any] = (experts,)
 
     def __len__(self) -> int:
         """The number of experts."""
-        return len(self._lists()[1])
+        return len(self.linears(next(iter(self.kinds))))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """(tokens, hidden), with the experts of each token and their weights (tokens, k) -> (tokens, hidden)."""
-        source, found = self._original[0], torch.zeros_like(hidden_states)
-        first, down = self._lists()
-        for index in top_k_index.unique().tolist():
-            if not 0 <= index < len(down):  # what pads a token's experts
-                continue
-            tokens, places = torch.where(top_k_index == index)
-            inner = first[index](hidden_states[tokens])
-            inner = source._apply_gate(inner) if source.has_gate else source.act_fn(inner)
-            weighted = down[index](inner) * top_k_weights[tokens, places, None]
-            found.index_add_(0, tokens, weighted.to(found.dtype))
+    def linears(self, kind: str) -> nn.ModuleList:
+        """Those of all experts, of one of ``kinds``."""
+        found = self.get_submodule(kind)
+        assert isinstance(found, nn.ModuleList)
         return found
 
     def slices(self, prefix: str) -> Iterator[tuple[str, Slice]]:
         """Tensor name below ``prefix`` -> where the original module, whose name ``prefix`` is, has it."""
-        for name in (self.first, "down_proj"):
+        for kind, name in self.kinds.items():
             for index in range(len(self)):
-                yield f"{prefix}.{name}.{index}.weight", Slice(f"{prefix}.{name}", index, self.transposed)
+                yield f"{prefix}.{kind}.{index}.weight", Slice(f"{prefix}.{name}", index, self.transposed)
                 if self.has_bias:
-                    yield f"{prefix}.{name}.{index}.bias", Slice(f"{prefix}.{name}_bias", index)
+                    yield f"{prefix}.{kind}.{index}.bias", Slice(f"{prefix}.{name}_bias", index)
 
     def joined_in(self, original: Any) -> nn.Module:
         """``original``, a module as this one was made of, with all its parameters put together from the linears."""
-        for name in (self.first, "down_proj"):
-            linears: Any = self.get_submodule(name)
+        for kind, name in self.kinds.items():
+            linears: Any = self.linears(kind)
             weights = torch.stack([linear.weight.detach() for linear in linears])
             setattr(original, name, nn.Parameter(weights.mT.contiguous() if self.transposed else weights))
             if self.has_bias:
@@ -99,11 +85,6 @@ class ExpertLinears(nn.Module):
                 setattr(original, f"{name}_bias", nn.Parameter(biases))
         joined: nn.Module = original.train(self.training)
         return joined
-
-    def _lists(self) -> tuple[nn.ModuleList, nn.ModuleList]:
-        first, down = self.get_submodule(self.first), self.get_submodule("down_proj")
-        assert isinstance(first, nn.ModuleList) and isinstance(down, nn.ModuleList)
-        return first, down
 
     def _linears(self, weights: Tensor, biases: Tensor | None) -> Iterator[nn.Linear]:
         for index, weight in enumerate(weights.detach()):
@@ -115,11 +96,79 @@ class ExpertLinears(nn.Module):
             yield linear
 
 
+class RoutedExperts(ExpertLinears):
+    """In the layout that transformers' own kernels multiply with: tokens come with the experts they are routed to."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        source: Any = experts
+        self.first = "gate_up_proj" if source.has_gate else "up_proj"
+        kinds = {name: name for name in (self.first, "down_proj")}
+        super().__init__(experts, kinds, bool(source.is_transposed), bool(source.has_bias))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(tokens, hidden), with the experts of each token and their weights (tokens, k) -> (tokens, hidden)."""
+        source, found = self._original[0], torch.zeros_like(hidden_states)
+        first, down = self.linears(self.first), self.linears("down_proj")
+        for index in top_k_index.unique().tolist():
+            if not 0 <= index < len(down):  # what pads a token's experts
+                continue
+            tokens, places = torch.where(top_k_index == index)
+            inner = first[index](hidden_states[tokens])
+            inner = source._apply_gate(inner) if source.has_gate else source.act_fn(inner)
+            weighted = down[index](inner) * top_k_weights[tokens, places, None]
+            found.index_add_(0, tokens, weighted.to(found.dtype))
+        return found
+
+
+class RepeatedExperts(ExpertLinears):
+    """Llama 4: all tokens come once for each expert, as zeros where they are not routed to it."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__(experts, {name: name for name in ("gate_up_proj", "down_proj")}, transposed=True)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(experts · tokens, hidden) -> the same."""
+        found = []
+        lists = (self.linears("gate_up_proj"), self.linears("down_proj"), hidden_states.chunk(len(self)))
+        for first, down, entering in zip(*lists, strict=True):
+            tokens = entering.detach().any(-1).nonzero()[:, 0]  # of zeros the linears would make zeros
+            gate, up = first(entering[tokens]).chunk(2, dim=-1)
+            leaving = down(up * self._original[0].act_fn(gate))
+            found.append(torch.zeros_like(entering).index_add(0, tokens, leaving))
+        return torch.cat(found)
+
+
+class SortedExperts(ExpertLinears):
+    """JetMoE: one matrix of every expert; tokens come sorted by their expert."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__(experts, {"experts": "weight"}, transposed=False)
+
+    def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
+        """(tokens, in), of which each expert takes its number -> (tokens, out)."""
+        parts = zip(self.linears("experts"), inputs.split(expert_size), strict=True)
+        return torch.cat(
+            [linear(part) if len(part) else part.new_zeros(0, linear.out_features) for linear, part in parts]
+        )
+
+
+OF_ONE_ARCHITECTURE = {"Llama4TextExperts": RepeatedExperts, "JetMoeParallelExperts": SortedExperts}
+"""By the name of the original's class."""
+
+
+def as_linears(experts: nn.Module) -> Callable[[nn.Module], ExpertLinears] | None:
+    """What makes linears of the module ``experts``; None where it holds no experts in a layout that is known."""
+    layout = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
+    if all(hasattr(experts, name) for name in layout) and not getattr(experts, "has_post_expert_norm", False):
+        return RoutedExperts
+    return OF_ONE_ARCHITECTURE.get(type(experts).__name__)
+
+
 def expert_groups(block: nn.Module, prefix: str) -> list[list[str]]:
     """The linears of all experts of one kind in ``block``, whose name is ``prefix``: a list of names for each kind."""
     return [
         [f"{prefix}.{name}.{kind}.{index}" for index in range(len(module))]
         for name, module in block.named_modules()
         if isinstance(module, ExpertLinears)
-        for kind in (module.first, "down_proj")
+        for kind in module.kinds
     ]

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spectrim.models.experts import ExpertLinears, Slice, is_experts
+from spectrim.models.experts import Slice, as_linears
 from spectrim.models.modules import compressible_linears
 
 if TYPE_CHECKING:  # loading.py imports this file while transformers itself is being imported
@@ -35,8 +35,8 @@ def linearise(model: nn.Module) -> dict[str, Slice]:
     """
     found: dict[str, Slice] = {}
     for name, module in list(model.named_modules()):
-        if is_experts(module):
-            experts = ExpertLinears(module)
+        if made := as_linears(module):
+            experts = made(module)
             model.set_submodule(name, experts)
             found |= dict(experts.slices(name))
         elif _is_conv1d(module):
@@ -51,7 +51,7 @@ def restore(model: PreTrainedModel) -> None:
     """Undo ``linearise`` in place: every module of the original's kind again, around the weights of its linears."""
     twin = _on_meta(model)
     for name, original in list(twin.named_modules()):
-        if is_experts(original):
+        if as_linears(original):
             experts: Any = model.get_submodule(name)
             model.set_submodule(name, experts.joined_in(original))
         elif _is_conv1d(original):

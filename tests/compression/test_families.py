@@ -70,8 +70,6 @@ PARTLY = {
     "recurrent_gemma": 0.88,
     "deepseek_v4": 0.877,
     "prophetnet": 0.703,
-    **dict.fromkeys(("llama4", "llama4_text"), 0.29),
-    "jetmoe": 0.165,
     "hy_v4": 0.8,
 }
 """Share of the blocks that is reached, where it is below nine tenths."""

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks.families import small_model
 from spectrim.models.blocks import BlockModel
-from spectrim.models.experts import ExpertLinears, is_experts
+from spectrim.models.experts import RoutedExperts, as_linears
 from spectrim.models.linearise import behaves_as_linear, linearise, matrices_of
 from spectrim.models.modules import gates_of, linears_by_block
 
@@ -20,7 +20,7 @@ EXPERTS = ("mixtral", "gpt_oss", "qwen2_moe")  # a gate, biases beside transpose
 
 
 def experts_of(model: nn.Module) -> nn.Module:
-    return next(module for module in model.modules() if is_experts(module))
+    return next(module for module in model.modules() if as_linears(module))
 
 
 def by_loops(experts: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -49,13 +49,13 @@ def test_experts_as_linears_compute_what_loops_over_the_parameters_do(kind: str)
     chosen = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(9)])
     weights = torch.rand(9, 2, generator=generator)
     expected = by_loops(experts, x, chosen, weights)
-    linears = ExpertLinears(experts)
+    linears = RoutedExperts(experts)
     torch.testing.assert_close(linears(x, chosen, weights), expected, rtol=1e-5, atol=1e-5)
     linears.down_proj[int(chosen[0, 0])].weight.zero_()
     assert not torch.allclose(linears(x, chosen, weights), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", [*EXPERTS, "gpt2", "falcon", "llama"])
+@pytest.mark.parametrize("kind", [*EXPERTS, "llama4_text", "jetmoe", "gpt2", "falcon", "llama"])
 @torch.no_grad()
 def test_a_model_of_linears_gives_the_same_logits(kind: str) -> None:
     model: Any = small_model(kind)
@@ -64,7 +64,7 @@ def test_a_model_of_linears_gives_the_same_logits(kind: str) -> None:
     weights = {name: place.of(model.get_parameter(place.name)).clone() for name, place in places.items()}
     linearise(model)
     torch.testing.assert_close(model(input_ids=TOKENS, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
-    assert not any(is_experts(module) or isinstance(module, Conv1D) for module in model.modules())
+    assert not any(as_linears(module) or isinstance(module, Conv1D) for module in model.modules())
     found = {name: linear for linears in linears_by_block(model).values() for name, linear in linears.items()}
     assert found.keys() == weights.keys()
     assert all(torch.equal(linear.weight, weights[name]) for name, linear in found.items())
