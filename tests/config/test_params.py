@@ -44,6 +44,7 @@ REFUSED: dict[str, list[Any]] = {
     "calibrate.calibration_windows": [0],
     "calibrate.validation_windows": [0],
     "calibrate.test_windows": [0],
+    "capture.walk": ["layers", None],
     "capture.gradient_windows": [0, 10**6],
     "capture.gradient_seq_len": [1, 10**6],
     "capture.batch_size": [0],
