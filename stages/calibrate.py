@@ -1,7 +1,8 @@
 """Token windows for calibration, validation and test.
 
 reads   data.*.source, artifacts/sources/texts.json, artifacts/prepare (tokenizer and config.json)
-writes  artifacts/calibrate: calibration.parquet, validation.parquet, test/TEXT.parquet, calibrate.json
+writes  artifacts/calibrate: calibration.parquet, validation.parquet, test/TEXT.parquet, calibrate.json, and where
+        calibrate.refinement_windows asks for it refinement.parquet
 params  data, calibrate, compression.seed
 """
 

@@ -103,7 +103,7 @@ def test_refinement_in_bfloat16_falls_as_on_the_cpu_and_goes_on_where_it_was(ste
         with torch.no_grad():
             expected, _ = leaving(dense, TOKENS)
         return StoredTraining(
-            model, modules, {}, TOKENS, expected, steps=6, batch_size=2,
+            model, modules, {}, TOKENS, expected.__getitem__, steps=6, batch_size=2,
             learning_rates=LearningRates(3e-3, 3e-3, 3e-4), kl_weight=1.0, seed=0,
         )  # fmt: skip
 

@@ -289,6 +289,12 @@ def test_calibrate(project: Change, corpus_file: Path, tmp_path: Path) -> None:
         assert summary[part]["tokens_sha256"] == texts._sha256(loaded.numpy())
         assert summary[part]["texts"] == {"corpus": len(loaded)}
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    project(calibrate__test_windows=4, calibrate__refinement_windows=7)
+    run(calibrate)
+    more = texts.load_windows(folder / "refinement.parquet").tolist()
+    assert len(more) == 7 and not any(window in drawn["calibration"].tolist() for window in more)
+    assert (folder / "calibration.parquet").read_bytes() == before[folder / "calibration.parquet"]
+    project(calibrate__test_windows=4, calibrate__refinement_windows=0)
     run(calibrate)
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     project(compression__seed=1)

@@ -157,11 +157,13 @@ class Calibrate:
 
     ``bos``: whether a window, a prompt and a task's question begin with the tokenizer's BOS token. ``auto``: where it
     begins a text, or its chat template a conversation, with one. It takes the first of a window's places.
+    ``refinement_windows``: beside the calibration windows, for refinement to learn from; `capture` does not read them.
     """
 
     seq_len: AtLeast2
     bos: Literal["auto", "always", "never"]
     calibration_windows: AtLeast1
+    refinement_windows: AtLeast0
     validation_windows: AtLeast1
     test_windows: AtLeast1
 

@@ -53,10 +53,19 @@ def write_windows(
                 bos[name] = first
 
     summary: dict[str, dict] = {"test": {}, "bos": {name: str(tokenizer.decode([bos[name]])) for name in sorted(bos)}}
-    for part, count in (("calibration", settings.calibration_windows), ("validation", settings.validation_windows)):
-        windows, names = texts.draw_windows(tokens[part], settings.seq_len, count, seed, part, bos)
-        summary[part] = texts.save_windows(folder / f"{part}.parquet", windows, names)
-        summary[part]["n_tokens_split"] = sum(map(len, tokens[part].values()))
+    drawn = {
+        "calibration": {"calibration": settings.calibration_windows, "refinement": settings.refinement_windows},
+        "validation": {"validation": settings.validation_windows},
+    }
+    for part, counts in drawn.items():
+        windows, names = texts.draw_windows(tokens[part], settings.seq_len, sum(counts.values()), seed, part, bos)
+        start = 0
+        for kind, count in counts.items():
+            if count:
+                those = slice(start, start + count)
+                summary[kind] = texts.save_windows(folder / f"{kind}.parquet", windows[those], names[those])
+                summary[kind]["n_tokens_split"] = sum(map(len, tokens[part].values()))
+            start += count
     for name, ids in tokens["test"].items():
         windows = texts.first_windows(name, ids, settings.seq_len, settings.test_windows, bos.get(name))
         summary["test"][name] = texts.save_windows(folder / "test" / f"{name}.parquet", windows, [name] * len(windows))

@@ -32,6 +32,7 @@ from pipeline.steps.factor_files import (
     write_rounded,
 )
 from pipeline.steps.model_folders import load_model
+from pipeline.steps.teacher import Teacher
 from spectrim.compression.refinement import (
     PARTS,
     LearningRates,
@@ -40,7 +41,6 @@ from spectrim.compression.refinement import (
     attach_rounded,
     checkpoint_blocks,
 )
-from spectrim.compression.statistics import last_hidden
 from spectrim.evaluation.perplexity import perplexity
 
 CURVE = "refinement.csv"
@@ -65,7 +65,7 @@ class RefinementRun:
 
     Args:
         prepared: folder of the dense model.
-        calibrate: folder of the calibration windows, and of the validation windows, which are only measured on.
+        calibrate: folder of the windows to learn from, and of the validation windows, which are only measured on.
         captured: folder of what left the dense model's last block for the calibration windows.
         device: where it runs.
         files: the factors that the closed form left, one file per block.
@@ -107,7 +107,7 @@ class RefinementRun:
             "refinement",
             self,
             read_json(self.prepared / "prepare.json")["model_sha256"],
-            [tokens[part]["tokens_sha256"] for part in ("calibration", "validation")],
+            [tokens[part]["tokens_sha256"] for part in ("calibration", "refinement", "validation") if part in tokens],
             [sha256_file(file) for file in [*self.files, *self.rounded]],
             self.settings,
             self.seed,
@@ -117,7 +117,7 @@ class RefinementRun:
     def __call__(self, folder: Path) -> None:
         """Train, and write what was read as it is then, VECTORS, the curve and a summary into ``folder``."""
         settings = self.settings
-        windows = load_windows(self.calibrate / "calibration.parquet")[:, : settings.seq_len]
+        teacher = Teacher(self.prepared, self.calibrate, self.captured, settings.seq_len, self.device)
         validation = load_windows(self.calibrate / "validation.parquet")
         student = load_model(self.prepared, self.device)
         if settings.checkpointing:
@@ -127,8 +127,8 @@ class RefinementRun:
             student,
             attach_factors(student, read_factors(*self.files)),
             attach_rounded(student, rounded),
-            windows,
-            last_hidden(self.captured, settings.seq_len),
+            teacher.windows,
+            teacher,
             steps=settings.steps,
             batch_size=settings.batch_size,
             learning_rates=LearningRates(

@@ -16,7 +16,7 @@ arXiv:2604.02119.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,7 +112,7 @@ class StoredTraining:
         factored, rounded: linear name -> its module, as ``attach_factors`` and ``attach_rounded`` return them.
         windows: (windows, seq) int64; each step takes ``batch_size`` of them in a seeded order, every window once
             before any comes again.
-        expected: what leaves the dense model's last block for them, (windows, seq, hidden).
+        expected: indices of windows -> what leaves the dense model's last block for them, (windows, seq, hidden).
         steps: of the whole run; the learning rate's course depends on it.
         learning_rates: their peaks.
         kl_weight: λ; 1 learns from the dense model alone, 0 from the text alone.
@@ -125,7 +125,7 @@ class StoredTraining:
         factored: Mapping[str, LowRankLinear],
         rounded: Mapping[str, StepsTraining],
         windows: Tensor,
-        expected: Tensor,
+        expected: Callable[[Tensor], Tensor],
         *,
         steps: int,
         batch_size: int,
@@ -159,7 +159,7 @@ class StoredTraining:
         """
         chosen = self._order[self.step * self.batch_size : (self.step + 1) * self.batch_size]
         device = next(iter(self.parameters.values())).device
-        tokens, expected = self.windows[chosen].to(device), self.expected[chosen].to(device)
+        tokens, expected = self.windows[chosen].to(device), self.expected(chosen).to(device)
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             hidden, n_returned = leaving(self.model, tokens)

@@ -42,6 +42,7 @@ REFUSED: dict[str, list[Any]] = {
     "calibrate.seq_len": [0, 1, "1024"],
     "calibrate.bos": [True, "yes", None],
     "calibrate.calibration_windows": [0],
+    "calibrate.refinement_windows": [-1, 0.5],
     "calibrate.validation_windows": [0],
     "calibrate.test_windows": [0],
     "capture.walk": ["layers", None],
