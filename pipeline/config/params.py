@@ -26,7 +26,6 @@ from pipeline.config.sections import (
     Capture,
     Compression,
     Evaluate,
-    FileName,
     Model,
     Prepare,
     Remap,
@@ -37,6 +36,7 @@ from pipeline.config.sections import (
     TrainRanks,
     UpdateWeights,
 )
+from pipeline.config.values import FileName
 from pipeline.runtime.console import run
 from spectrim.compression.methods import RANK_METHODS, UPDATE_METHODS
 from spectrim.errors import ConfigError
