@@ -122,12 +122,12 @@ def test_a_baseline_of_a_library_that_is_not_installed_is_one_problem(
     content: dict[str, Any], problems: Problems, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content["baseline"]["quantization"] = ["int8", "bitsandbytes_nf4"]
-    monkeypatch.setattr("pipeline.config.sections.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.config.values.find_spec", lambda name: None)
     assert problems(content) == [
         "baseline.quantization: bitsandbytes_nf4 found, which the package bitsandbytes makes, and that is not "
         "installed; run `pip install 'spectrim[bitsandbytes]'`, or leave out what needs it"
     ]
-    monkeypatch.setattr("pipeline.config.sections.find_spec", lambda name: name)
+    monkeypatch.setattr("pipeline.config.values.find_spec", lambda name: name)
     content["evaluate"]["new_tokens"] = 0  # the one problem that is left
     assert [line.split(":")[0] for line in problems(content)] == ["evaluate.new_tokens"]
 
