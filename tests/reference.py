@@ -2,12 +2,15 @@
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.linalg
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from spectrim.maths.lowrank import Factors
 
@@ -279,3 +282,28 @@ def two_sided_rounded(weight: Tensor, rows: Tensor, columns: Tensor, left: Tenso
             values[i, j] = ((weight[i, j] + known) / (rows[i] * columns[j])).round()
             errors[i, j] = weight[i, j] - values[i, j] * rows[i] * columns[j]
     return values
+
+
+def activations(model: Any, tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What every ``nn.Linear`` is given, and the gradient of what it returns, by hooks on one pass through the model.
+
+    The loss is the sum of the next tokens' cross-entropy. Both are linear -> (tokens, features) float64.
+    """
+    inputs: dict[str, list[Tensor]] = defaultdict(list)
+    gradients: dict[str, list[Tensor]] = defaultdict(list)
+
+    def note(found: list[Tensor], values: Tensor) -> None:
+        found.append(values.detach().flatten(0, -2).double())
+
+    def watch(name: str, x: Tensor, output: Tensor) -> None:
+        note(inputs[name], x)
+        if x.requires_grad and output.requires_grad:  # a constant's gradient says nothing of the weight
+            output.register_hook(lambda gradient: note(gradients[name], gradient))
+
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            module.register_forward_hook(lambda m, args, out, n=name: watch(n, args[0], out))
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+    together = [{name: torch.cat(parts) for name, parts in found.items()} for found in (inputs, gradients)]
+    return together[0], together[1]

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -27,6 +25,7 @@ from spectrim.errors import ModelError
 from spectrim.maths.quantization import dequantize, round_to_nearest
 from spectrim.models.linearise import linearise
 from spectrim.models.modules import UNREACHED, compressible_linears
+from tests import reference
 from tests.checkpoints import packed_weight
 from tests.compression.test_statistics import stream, summed_whole
 
@@ -109,28 +108,6 @@ def logits(model: Any) -> Tensor:
     return model(input_ids=TOKENS, use_cache=False).logits
 
 
-def whole_pass(model: Any, tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Grams of the inputs and output gradients of every linear, from one pass through the whole model."""
-    inputs: dict[str, Any] = defaultdict(int)
-    gradients: dict[str, Any] = defaultdict(int)
-
-    def add(sums: dict[str, Any], name: str, values: Tensor) -> None:
-        flat = values.detach().flatten(0, -2).double()
-        sums[name] = sums[name] + flat.T @ flat
-
-    def watch(name: str, x: Tensor, output: Tensor) -> None:
-        if x.requires_grad and output.requires_grad:  # a constant's gradient says nothing of the weight
-            output.register_hook(lambda gradient: add(gradients, name, gradient))
-
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear:
-            module.register_forward_pre_hook(lambda m, args, n=name: add(inputs, n, args[0]))
-            module.register_forward_hook(lambda m, args, out, n=name: watch(n, args[0], out))
-    found = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    cross_entropy(found.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
-    return inputs, gradients
-
-
 def assert_near(found: Tensor, expected: Tensor, what: str) -> None:
     scale = expected.abs().max()
     difference = float((found - expected).abs().max() / scale.clamp(min=1e-20))
@@ -142,13 +119,13 @@ def check_statistics(folder: Path, walk: Callable[..., Any]) -> None:
     whole = loaded(folder)
     linearise(whole)
     model, statistics, owners, _ = walk(folder, tokens=CALIBRATION)
-    inputs, gradients = whole_pass(whole, CALIBRATION)
+    inputs, gradients = reference.activations(whole, CALIBRATION)
     for index, linears in enumerate(model.linears):
         for name in linears.keys() & inputs.keys():  # some experts see no token
             gram = unpack_symmetric(statistics[index][f"gram.{owners[index][name]}"])
-            assert_near(gram, inputs[name], f"inputs of {name}")
+            assert_near(gram, inputs[name].T @ inputs[name], f"inputs of {name}")
             found = unpack_symmetric(statistics[index][f"gradient_gram.{name}"])
-            assert_near(found, gradients[name], f"gradients of {name}")
+            assert_near(found, gradients[name].T @ gradients[name], f"gradients of {name}")
 
 
 def check_checkpoint(dense: Path, folder: Path) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
 from spectrim.compression import moments, whole_statistics
 from spectrim.compression import statistics as captured
@@ -13,7 +12,7 @@ from spectrim.compression.moments import InputMoments
 from spectrim.errors import NumericalError
 from spectrim.models.blocks import BlockModel
 from spectrim.models.whole import WholeModel
-from tests import tiny
+from tests import reference, tiny
 
 TOKENS = torch.randint(2, 200, (5, 24), generator=torch.Generator().manual_seed(3))
 
@@ -54,20 +53,6 @@ def summed_whole(
     return model, statistics, [owners for _, owners in found], leaving
 
 
-def whole_pass(family: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Inputs and output gradients of every linear, (tokens, features), from one pass through the whole model."""
-    model, inputs, gradients = tiny.model(family).eval(), {}, {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(
-                lambda m, args, out, n=name: inputs.update({n: args[0].flatten(0, -2).detach()})
-            )
-            module.register_full_backward_hook(lambda m, gi, go, n=name: gradients.update({n: go[0].flatten(0, -2)}))
-    logits = model(input_ids=TOKENS, use_cache=False).logits[:, :-1]
-    cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum").backward()
-    return inputs, gradients
-
-
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     scale = float(expected.abs().max())
     torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-5 * scale)
@@ -76,7 +61,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("walk", [stream, summed_whole])
 def test_statistics_equal_a_whole_pass(walk: Any, family: str, model_folders: dict[str, Path]) -> None:
     model, statistics, owners, _ = walk(model_folders[family])
-    inputs, gradients = whole_pass(family)
+    inputs, gradients = reference.activations(tiny.model(family).eval(), TOKENS)
     for index, linears in enumerate(model.linears):
         for name in linears:
             owner = owners[index][name]
