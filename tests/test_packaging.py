@@ -11,11 +11,12 @@ import tomllib
 import zipfile
 from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import packages_distributions
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -164,6 +165,12 @@ def test_the_lock_satisfies_every_requirement(locked: dict[str, str]) -> None:
 
 def test_torch_is_pinned_without_a_build_so_that_pip_takes_the_right_one(locked: dict[str, str]) -> None:
     assert locked["torch"] == "2.13.0"
+
+
+def test_the_lock_installs_on_the_oldest_python_that_is_promised(locked: dict[str, str]) -> None:
+    oldest = str(project()["requires-python"]).removeprefix(">=")
+    taken = {name: distribution(name).metadata.get("Requires-Python") or "" for name in locked}
+    assert {name: asked for name, asked in taken.items() if not SpecifierSet(asked).contains(f"{oldest}.0")} == {}
 
 
 def test_this_environment_is_the_locked_one(locked: dict[str, str]) -> None:
