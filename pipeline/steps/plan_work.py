@@ -47,7 +47,8 @@ def prepare(plan: Plan) -> Work:
 def calibrate(plan: Plan) -> Work:
     """Token windows."""
     settings = plan.params.calibrate
-    tokens = settings.calibration_windows * settings.seq_len + plan.validation_tokens + plan.test_tokens
+    windows = settings.calibration_windows + settings.refinement_windows
+    tokens = windows * settings.seq_len + plan.validation_tokens + plan.test_tokens
     return Work(disk=WINDOWS * tokens + 4_000, host=1e8)  # a file's own header; the texts and their tokens
 
 
@@ -157,11 +158,14 @@ def update_weights(plan: Plan) -> Work:
     head = 3 * 2 * tokens * shape.vocabulary * shape.hidden  # the dense model's predictions, ours, and back
     step = passes * plan.forward(tokens, settings.seq_len, plan.kept, head=False) + head
     measurements = 1 + settings.steps // settings.validate_every
+    teacher = number * shape.parameters if calibration.refinement_windows else 0
     return Work(
         disk=disk,
-        # the model without what factors replace; each factor, its gradient and AdamW's two moments, float32
+        # the dense model where more text teaches; the model without what factors replace; each factor, its gradient
+        # and AdamW's two moments, float32
         loaded=number * shape.parameters,
-        device=number * (shape.parameters - shape.layers * shape.weights + plan.kept - plan.factors)
+        device=teacher
+        + number * (shape.parameters - shape.layers * shape.weights + plan.kept - plan.factors)
         + 4 * 4 * plan.factors
         + max(active, 4 * 3 * calibration.seq_len * shape.vocabulary),
         # what left the dense model's last block; a snapshot's copy of one part
