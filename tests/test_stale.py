@@ -17,7 +17,7 @@ from tests.tiny import Project, process_environment, tree
 
 # stage -> the modules whose functions compute what the store keeps of it
 COMPUTED_IN = {
-    "prepare": ["pipeline.data.originals"],
+    "prepare": ["pipeline.data.prepared"],
     "calibrate": ["pipeline.data.calibration"],
     "capture": ["pipeline.steps.walk"],
     "train_ranks": ["pipeline.steps.rank_choice"],
