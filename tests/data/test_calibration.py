@@ -19,7 +19,7 @@ from spectrim.evaluation.perplexity import perplexity
 from tests import tiny
 
 BOS, END, SEQ = 0, 1, 32
-PARTS = ("calibration", "validation", "test/a", "test/b")
+PARTS = ("calibration", "refinement", "validation", "test/a", "test/b")
 SPLITS = {"calibration": 0.5, "validation": 0.25, "test": 0.25}
 TURNS = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}"
 
@@ -57,7 +57,7 @@ def prepared(folder: Path, *, adds: bool = False, template: str | None = None) -
 
 def written(model: Path, data: dict[str, Text], bos: Any, out: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Part -> its windows, and calibrate.json."""
-    write_windows(model, data, Calibrate(SEQ, bos, 12, 3, 4), 0, {}, out)
+    write_windows(model, data, Calibrate(SEQ, bos, 12, 5, 3, 4), 0, {}, out)
     files = {file.relative_to(out).with_suffix("").as_posix(): file for file in out.rglob("*.parquet")}
     return {part: load_windows(file) for part, file in files.items()}, json.loads((out / "calibrate.json").read_text())
 
