@@ -13,6 +13,7 @@ Two batches of different tokens, so that what depends on the tokens cannot pass 
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,9 +91,10 @@ def _obstacle(model: BlockModel, batches: list[Tensor], expected: list[Tensor]) 
             for index in range(len(model.names)):
                 with model.resident(index):
                     hidden = model.run(index, hidden)
-            _require_equal(model.model, "walked block by block", model.logits(tokens, hidden), whole)
+            found = model.logits(tokens, hidden)
+            _require_equal(model.model, "walked block by block", found, whole, "so it must run as a whole")
         except ModelError as error:
-            return str(error)
+            return f"{error}."
         except Exception as error:  # whatever a model's own code raises when its blocks are called one by one
             return f"{_called(model.model)}: cannot be walked block by block ({type(error).__name__}: {error})."
     return None
@@ -134,14 +136,9 @@ def _require_causal(model: Any, tokens: Tensor, expected: Tensor) -> None:
 
 
 def _require_head(model: Any, tokens: Tensor, expected: Tensor) -> None:
-    try:
+    with _refusing(model, "what comes behind its blocks cannot be run apart from them"):
         hidden, n_returned = leaving(model, tokens)
         found = logits(model, decoder_blocks(model)[1], tokens, hidden, n_returned)
-    except Exception as error:
-        raise ModelError(
-            f"{_called(model)}: what comes behind its blocks cannot be run apart from them ({type(error).__name__}: "
-            f"{error}). Such a model is not supported"
-        ) from error
     _require_equal(model, "with what comes behind its blocks run apart from them", found, expected)
 
 
@@ -159,20 +156,15 @@ def _require_cache(model: Any, tokens: Tensor) -> None:
 
 
 def _require_replaceable(model: Any, tokens: Tensor, expected: Tensor, unreached: list[str]) -> None:
-    linearise(model)
     linears, kinds = compressible_linears(model), dict[str, str]()
     for name in linears:
         if name not in unreached:
             kinds.setdefault(re.sub(r"\.\d+", "", name), name)
     for name in kinds.values():
         replace(model, name, _Factored(linears[name]))
-    try:
+    what = "with factors in the place of one linear of each kind it fails, for it reads their weights itself"
+    with _refusing(model, what):
         found = model(input_ids=tokens, use_cache=False).logits
-    except Exception as error:
-        raise ModelError(
-            f"{_called(model)}: with factors in the place of one linear of each kind it fails, for it reads their "
-            f"weights itself ({type(error).__name__}: {error}). Such a model is not supported"
-        ) from error
     _require_equal(model, "with factors of full rank in the place of one linear of each kind", found, expected)
 
 
@@ -191,6 +183,17 @@ class _Factored(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(functional.linear(x, self.weight), self.left, self.bias)
+
+
+@contextmanager
+def _refusing(model: Any, what: str) -> Iterator[None]:
+    """Let whatever a model's own code raises within the ``with`` be one refusal, which says ``what`` and why."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(
+            f"{_called(model)}: {what} ({type(error).__name__}: {error}). Such a model is not supported"
+        ) from error
 
 
 def _require_equal(
